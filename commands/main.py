@@ -1,0 +1,110 @@
+"""The `xpert` command: a table of subcommands that are imported when they are run, and the one place where errors
+become a line and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+import xpert
+from xpert.errors import XpertError, nearest
+
+__all__ = ["cli"]
+
+# name -> (module, help). The help stands here so that `xpert --help` imports no command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "pool": ("pools", "Build a pool from instruction data, or look into one."),
+    "cluster": ("cluster", "Embed and cluster a pool; name the clusters by their telling terms."),
+    "select": ("selection", "Select rows for a task from a pool, anchored on its shots."),
+    "methods": ("methods", "List the selectors and other plug-ins, or explain one."),
+    "train": ("train", "Train a LoRA expert on a selection."),
+    "profile": ("profiling", "Score an expert and its base per skill."),
+    "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),
+    "mix": ("mix", "Assemble a mixture of experts behind a router."),
+    "route": ("route", "Explain where a mixture sends each prompt."),
+    "run": ("run", "Answer prompts with a mixture, in batches."),
+    "eval": ("evaluation", "Score mixtures, experts and models side by side."),
+    "serve": ("serve", "Serve a mixture over HTTP, OpenAI-compatible."),
+    "demo": ("demo", "Run the whole chain on real data and a real model."),
+    "doctor": ("doctor", "Show what is installed, which devices there are, what is missing for what."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's module when it is asked for; translates errors into exit statuses."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"xpert.commands.{COMMANDS[name][0]}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        try:
+            status = super().main(args, *rest, **options)
+        except click.exceptions.Exit as finished:
+            sys.exit(finished.exit_code)
+        except click.UsageError as error:
+            _fail(_usage_line(error), 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 2)
+        except XpertError as error:
+            _fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("stopped; what is finished is kept, and the same command goes on from there", 130)
+        except BrokenPipeError:
+            # The reader of our stdout has gone (`xpert ... | head`): not an error, and nothing more can be written.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _usage_line(error: click.UsageError) -> str:
+    """One line: click's message, where it happened, and the nearest known option or command."""
+    message = error.format_message().rstrip(".")
+    context = error.ctx
+    if context is None:
+        return message
+    name = getattr(error, "option_name", None)
+    if name is None and message.startswith("No such command"):
+        name, known = message.split("'")[1], list(COMMANDS)
+        close = nearest(name, getattr(context.command, "commands", None) or known)
+    elif name is not None:
+        flags = [flag for p in context.command.get_params(context) for flag in (*p.opts, *p.secondary_opts)]
+        close = nearest(name, flags)
+    else:
+        close = None
+    if close and "Did you mean" not in message:
+        message = f"{message}. Did you mean {close}?"
+    hint = "" if close or "Did you mean" in message else f". See `{context.command_path} --help`"
+    return f"{context.command_path}: {message}{hint}"
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    click.echo(f"xpert: {' '.join(line.split())}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(xpert.__version__, prog_name="xpert")
+def cli() -> None:
+    """From a handful of examples to a serving expert.
+
+    Select instruction data anchored on K shots, train LoRA experts on it, profile and register them, and answer
+    prompts by routing each to the experts that fit.
+    """

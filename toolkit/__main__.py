@@ -1,0 +1,5 @@
+"""`python -m xpert`: the command line."""
+
+from xpert.commands.main import cli
+
+cli()

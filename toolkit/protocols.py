@@ -1,0 +1,220 @@
+"""The seams: each is a small Protocol, and each member of one is one file (see `plugins.py`).
+
+Arrays: n pool rows, d embedding dimensions, k clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xpert.config import Config
+from xpert.progress import SILENT, Progress
+from xpert.records import Budget, Message, Shots
+
+if TYPE_CHECKING:
+    from xpert.features import Features
+
+__all__ = [
+    "Candidate",
+    "Embedder",
+    "EmbedderContext",
+    "Engine",
+    "EngineRequest",
+    "Piece",
+    "RoutableExpert",
+    "Route",
+    "RouteRequest",
+    "Router",
+    "Sampling",
+    "Selection",
+    "Selector",
+    "WeightedExperts",
+]
+
+Floats = NDArray[np.float32]
+
+
+# ── embedders ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class EmbedderContext:
+    """What an embedder may need besides texts. `argument` is the part of `st:FOLDER` after the colon."""
+
+    argument: str | None = None
+    base: str | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+class Embedder(Protocol):
+    """Texts -> float32 [n, d], L2-normalised rows (a text without content may give a zero row)."""
+
+    identity: str
+    """Names the model and its version; part of every cache key."""
+
+    def __init__(self, context: EmbedderContext) -> None: ...
+
+    def fit(self, texts: Sequence[str]) -> None:
+        """Learns from the corpus; embedders that come trained do nothing here."""
+
+    def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats: ...
+
+
+# ── selectors ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose. All sequences follow `rows`, best first.
+
+    rows [m] int64 pool indices without repeats; scores [m] float32, higher is better; reasons [m], a few words each;
+    log: one mapping per round or step, for `--explain`; pool_scores [n] float32 where the selector scored the whole
+    pool (NaN for rows it never scored), which the report uses to show the rows just missed.
+    """
+
+    rows: NDArray[np.int64]
+    scores: Floats
+    reasons: Sequence[str]
+    log: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    pool_scores: Floats | None = None
+
+
+class Selector(Protocol):
+    """Pool features + shots + budget -> ordered rows with scores and reasons.
+
+    Class attributes describe the method to `xpert methods`; `Options` are its parameters. `needs` names the features
+    it reads, of {"shots", "embeddings", "clusters", "lengths"}; a token budget always needs lengths.
+    """
+
+    Options: ClassVar[type[Config]]
+    needs: ClassVar[frozenset[str]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def select(
+        self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator
+    ) -> Selection: ...
+
+
+# ── routers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WeightedExperts = tuple[tuple[str, float], ...]
+"""(expert key, weight) pairs, heaviest first; empty means the base model alone."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One expert a router looked at. `score` is comparable within one router only."""
+
+    expert: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one prompt goes, and why. Weights are >= 0 and sum to 1, or there are none (the base model answers)."""
+
+    experts: WeightedExperts
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """A prompt to be routed; `skill` is known in evaluations alone and read by the oracle only."""
+
+    id: str
+    messages: tuple[Message, ...]
+    skill: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        return "\n\n".join(message.content for message in self.messages)
+
+
+@dataclass(frozen=True)
+class RoutableExpert:
+    """What a router may know of an expert.
+
+    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
+    its profile (skill -> score, as far as it is profiled).
+    """
+
+    key: str
+    exemplars: tuple[str, ...]
+    skills: tuple[str, ...] = ()
+    skill_scores: Mapping[str, float] = field(default_factory=dict)
+
+
+class Router(Protocol):
+    """(requests, experts) -> a route per request, in order."""
+
+    Options: ClassVar[type[Config]]
+
+    def __init__(self, options: Any, *, seed: int = 0, device: str = "auto") -> None: ...
+
+    def prepare(self, experts: Sequence[RoutableExpert]) -> None:
+        """Learns the experts; called once before `route`, and again when the set of experts changes."""
+
+    def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
+
+
+# ── engines ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Sampling(Config):
+    """How the next token is chosen. Temperature 0 is greedy and ignores the seed."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A prompt as token ids, the weighted experts that answer it, and how to sample."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    experts: WeightedExperts = ()
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a reply. The last piece of a request has `finished` set ("stop" or "length") and the totals."""
+
+    request_id: str
+    text: str
+    finished: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Engine(Protocol):
+    """Runs batches in which every request has its own weighted experts."""
+
+    def add_expert(self, key: str, folder: Path) -> None:
+        """Loads an adapter; raises BadInput where it does not fit the base model or cannot be served."""
+
+    def generate(
+        self, requests: Iterable[EngineRequest], *, cancelled: Callable[[str], bool] | None = None
+    ) -> Iterator[Piece]:
+        """Pieces of all replies as they come. Raises NotFound for an expert key that was not added."""
+
+    def continuation_logprobs(
+        self, requests: Sequence[EngineRequest], continuations: Sequence[tuple[int, ...]]
+    ) -> list[list[float]]:
+        """Log-probability of each token of one continuation per request, given its prompt and experts."""

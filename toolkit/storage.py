@@ -1,0 +1,241 @@
+"""Artifacts on disk: folders that appear whole or not at all, manifests, content hashes, and where caches lie."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
+
+__all__ = [
+    "MANIFEST",
+    "cache_folder",
+    "check_output",
+    "data_folder",
+    "disk_errors",
+    "draft_folder",
+    "hash_file",
+    "hash_json",
+    "hash_texts",
+    "package_versions",
+    "read_json",
+    "read_manifest",
+    "write_file",
+    "write_json",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+_DRAFT_MARK = ".draft-"
+
+
+def cache_folder() -> Path:
+    """`$XPERT_CACHE`, or xpert's folder in the user's cache. What lies in it can be made again."""
+    set_by_user = os.environ.get("XPERT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(set_by_user) if set_by_user else Path(base) / "xpert"
+
+
+def data_folder() -> Path:
+    """xpert's folder among the user's data; the default registry lies in it."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "xpert"
+
+
+@contextmanager
+def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name once the block ends well, and vanishes otherwise.
+
+    Raises BadInput where `target` exists and may not be replaced. Drafts of dead processes are swept away.
+    """
+    target = Path(target)
+    check_output(target, replace=replace)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        draft = target.parent / f".{target.name}{_DRAFT_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        draft.mkdir()
+        try:
+            yield draft
+            _sync_tree(draft)
+            _rename_over(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_output(target: Path, *, replace: bool = False) -> None:
+    """Refuses an output path that is taken; call it before the work, not after."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() and not replace:
+        raise BadInput("the output exists already", where=str(target), hint="choose another -o, or remove it")
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turns a full disk or a forbidden folder into an error the user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable("the disk is full", where=str(target), hint="free some space and run it again") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BadInput("may not be written", where=str(target), hint="choose another -o") from None
+        if error.errno == errno.ENOTDIR:
+            raise BadInput("a part of the path is a file", where=str(target), hint="choose another -o") from None
+        raise
+
+
+def write_file(target: Path, content: str | bytes) -> None:
+    """Writes a file that appears whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.parent / f".{target.name}{_DRAFT_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            with open(draft, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Indented JSON with sorted keys, written whole. NaN is refused, since it is not JSON."""
+    write_file(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises NotFound where there is no such file, Corrupt where it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFound("no such file", where=str(path)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
+
+
+def write_manifest(
+    folder: Path,
+    kind: str,
+    *,
+    schema: int = 1,
+    inputs: Mapping[str, Any],
+    config: Mapping[str, Any],
+    seed: int | None,
+    figures: Mapping[str, Any] | None = None,
+    timings: Mapping[str, float] | None = None,
+) -> None:
+    """`manifest.json`: how an artifact came to be. `inputs` name what it was made of by content hash."""
+    value = {
+        "kind": kind,
+        "schema": schema,
+        "inputs": dict(inputs),
+        "config": dict(config),
+        "seed": seed,
+        "figures": dict(figures or {}),
+        "timings": {name: round(seconds, 3) for name, seconds in (timings or {}).items()},
+        "versions": package_versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / MANIFEST, value)
+
+
+def read_manifest(folder: Path, kind: str, *, schema: int = 1) -> dict[str, Any]:
+    """The manifest of an artifact of this kind; raises BadInput where the folder holds something else."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise NotFound(f"not a {kind} folder: it has no {MANIFEST}", where=str(folder))
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else None
+        raise BadInput(f"holds a {found or 'nameless thing'}, not a {kind}", where=str(folder))
+    if manifest.get("schema", 0) > schema:
+        raise BadInput(f"written by a newer xpert (schema {manifest['schema']})", where=str(path), hint="upgrade xpert")
+    return manifest
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, xpert and the packages that shape results; those not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in ("xpert-toolkit", "torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value's canonical JSON, hex."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """sha256 over texts, each framed by its length so that no two sequences collide by joining, hex."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _rename_over(draft: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(draft, target)
+        return
+    # A folder with content cannot be renamed over: the old one steps aside first, and comes back if that fails.
+    aside = target.parent / f".{target.name}{_DRAFT_MARK}{os.getpid()}-old"
+    os.rename(target, aside)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sweep(target: Path) -> None:
+    for stale in target.parent.glob(f".{target.name}{_DRAFT_MARK}*"):
+        process = stale.name.split(_DRAFT_MARK)[1].split("-")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
