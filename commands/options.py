@@ -69,12 +69,21 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random.")
     @click.option(
-        "--device", default="auto", show_default=True, callback=_check_device, metavar="auto|cpu|cuda[:n]",
+        "--device",
+        default="auto",
+        show_default=True,
+        callback=_check_device,
+        metavar="auto|cpu|cuda[:n]",
         help="Where models run.",
     )
     @click.option(
-        "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_apply_config,
-        metavar="FILE.yaml", help="Any option by name; the command line wins.",
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_apply_config,
+        metavar="FILE.yaml",
+        help="Any option by name; the command line wins.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
     @click.option("--quiet", is_flag=True, help="No progress.")
@@ -88,7 +97,9 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _CLICK_TYPES: dict[type, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 
 
-def config_options(config: type[Config], *, skip: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def config_options(
+    config: type[Config], *, skip: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds one option per field of a configuration dataclass: default, help and limits stand on the field."""
     skipped = set(skip)
 

@@ -89,7 +89,9 @@ class Budget:
         """Raises BadInput unless `text` is a positive number with an optional unit of % k m tok ktok mtok."""
         match = _BUDGET.fullmatch(text.strip())
         if match is None:
-            raise BadInput(f"budget {text!r} is not understood", hint="write rows (1000), a share (5%) or tokens (200ktok)")
+            raise BadInput(
+                f"budget {text!r} is not understood", hint="write rows (1000), a share (5%) or tokens (200ktok)"
+            )
         number, unit = float(match["number"]), (match["unit"] or "").lower()
         if number == 0:
             raise BadInput(f"budget {text!r} selects nothing", hint="write a positive budget")
@@ -100,7 +102,9 @@ class Budget:
         tokens = unit.endswith("tok")
         amount = number * _SCALE[unit.removesuffix("tok")]
         if amount != int(amount):
-            raise BadInput(f"budget {text!r} is not a whole number", hint="write rows (1000), a share (5%) or tokens (200ktok)")
+            raise BadInput(
+                f"budget {text!r} is not a whole number", hint="write rows (1000), a share (5%) or tokens (200ktok)"
+            )
         return cls(amount, "tokens" if tokens else "rows")
 
     @property
@@ -128,5 +132,3 @@ class Budget:
         if self.unit == "share":
             return f"{self.amount * 100:g}%"
         return f"{self.amount:.0f}{'tok' if self.in_tokens else ''}"
-
-
