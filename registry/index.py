@@ -77,10 +77,8 @@ class Index:
 
     def listing(self) -> dict[tuple[str, int], bool]:
         """(name, version) -> whether it was removed, as `RecordFolder.listing` tells it."""
-        rows = self._db.execute(
-            "SELECT name, version, 0 FROM versions UNION ALL SELECT name, version, 1 FROM removed ORDER BY 3"
-        )
-        return {(name, version): bool(removed) for name, version, removed in rows}
+        found = dict.fromkeys(self._db.execute("SELECT name, version FROM versions"), False)
+        return found | dict.fromkeys(self._db.execute("SELECT name, version FROM removed"), True)
 
     def add(self, version: Version) -> None:
         row = (
@@ -157,9 +155,8 @@ class Index:
 
 
 def _version(row: Sequence[Any]) -> Version:
-    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    lists = {key: tuple(json.loads(values[key])) for key in ("skills", "uses")}
-    return Version(**values | lists | {"scores": json.loads(values["scores"])})
+    skills, scores, uses = row[-3:]
+    return Version(*row[:-3], tuple(json.loads(skills)), json.loads(scores), tuple(json.loads(uses)))
 
 
 def search_words(text: str) -> list[str]:

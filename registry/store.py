@@ -16,6 +16,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -381,7 +382,12 @@ def _begins(fingerprint: str, text: str) -> bool:
     return len(text) >= 8 and fingerprint.startswith(text)
 
 
+@functools.lru_cache(maxsize=4096)
+def _skill_words(skill: str) -> tuple[str, ...]:
+    return tuple(search_words(skill))
+
+
 def _best_skill(version: Version, words: Sequence[str]) -> tuple[str | None, float | None]:
-    named = [s for s in version.scores if any(held.startswith(word) for held in search_words(s) for word in words)]
+    named = [s for s in version.scores if any(held.startswith(word) for held in _skill_words(s) for word in words)]
     skill = max(named or version.scores, key=lambda s: version.scores[s], default=None)
     return skill, None if skill is None else version.scores[skill]

@@ -57,9 +57,10 @@ class Version:
         return f"{self.name}@{self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        value = dataclasses.asdict(self)
-        del value["repeated"]
-        return value
+        return {
+            **{name: value for name, value in vars(self).items() if name != "repeated"},
+            **{"skills": list(self.skills), "scores": dict(self.scores), "uses": list(self.uses)},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,6 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         value = {"schema": SCHEMA, **self.version.to_dict(), "files": [dataclasses.asdict(f) for f in self.files]}
-        value["skills"], value["uses"] = list(self.version.skills), list(self.version.uses)
         return value | {"checksum": hash_json(value)}
 
     @classmethod

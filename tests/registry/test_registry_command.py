@@ -60,7 +60,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no name": (["publish", "{expert}"], 2, "--name"),
     "bad name": (["publish", "{expert}", "--name", "justone"], 2, "OWNER/NAME"),
     "no mixture": (["publish", "{expert}/adapter_config.json", "--name", "a/b"], 2, "not a mixture"),
-    "misspelt name": (["show", "acme/sms"], 2, "did you mean 'acme/sums'"),
+    "misspelt name": (["show", "acme/sms"], 2, "Did you mean 'acme/sums'?"),
     "no such version": (["pull", "acme/sums@7"], 2, "no version 7"),
     "odd version": (["pull", "acme/sums@v1"], 2, "not a version"),
     "remote": (["list", "--registry", "s3://bucket/x"], 3, "not supported yet"),
