@@ -28,7 +28,7 @@ from xpert.registry.card import BaseModel, ExpertCard
 from xpert.registry.store import Registry
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
-WORDS = [
+WORDS = ("french", "german", "poetry", "sums", "logic", "chess", "law", "medicine", "code", "physics", "cooking", "travel")
     "french",
     "german",
     "poetry",

@@ -37,6 +37,7 @@ _WORD_TABLE = (
     "CREATE VIRTUAL TABLE words USING fts5(name, description, skills, tokenize='unicode61 remove_diacritics 2')"
 )
 _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, description, skills, scores, uses"
+_FIELDS = _COLUMNS.split(", ")
 _LATEST = "SELECT id FROM (SELECT id, max(version) FROM versions GROUP BY name)"
 
 
@@ -149,14 +150,15 @@ class Index:
         return [] if found == ["ok"] else found
 
     def _versions(self, rest: str, given: Sequence[object], *, table: str = "") -> list[Version]:
-        columns = ", ".join(table + column for column in _COLUMNS.split(", "))
+        columns = ", ".join(table + column for column in _FIELDS)
         rows = self._db.execute(f"SELECT {columns} FROM versions {rest}", given)
         return [_version(row) for row in rows]
 
 
 def _version(row: Sequence[Any]) -> Version:
-    skills, scores, uses = row[-3:]
-    return Version(*row[:-3], tuple(json.loads(skills)), json.loads(scores), tuple(json.loads(uses)))
+    *_, skills, scores, uses = row
+    lists = {"skills": tuple(json.loads(skills)), "uses": tuple(json.loads(uses))}
+    return Version(**dict(zip(_FIELDS, row, strict=True)) | lists | {"scores": json.loads(scores)})
 
 
 def search_words(text: str) -> list[str]:

@@ -59,7 +59,9 @@ class Version:
     def to_dict(self) -> dict[str, Any]:
         return {
             **{name: value for name, value in vars(self).items() if name != "repeated"},
-            **{"skills": list(self.skills), "scores": dict(self.scores), "uses": list(self.uses)},
+            "skills": list(self.skills),
+            "scores": dict(self.scores),
+            "uses": list(self.uses),
         }
 
 
