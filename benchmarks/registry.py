@@ -28,23 +28,7 @@ from xpert.registry.card import BaseModel, ExpertCard
 from xpert.registry.store import Registry
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
-WORDS = ("french", "german", "poetry", "sums", "logic", "chess", "law", "medicine", "code", "physics", "cooking", "travel")
-    "french",
-    "german",
-    "poetry",
-    "sums",
-    "logic",
-    "chess",
-    "law",
-    "medicine",
-    "translation",
-    "summary",
-    "code",
-    "sql",
-    "physics",
-    "cooking",
-    "travel",
-]
+WORDS = ("french", "german", "poetry", "sums", "logic", "chess", "law", "medicine", "code", "physics", "cooking", "go")
 
 
 def expert(folder: Path, seed: int, kilobytes: int) -> Path:
@@ -124,7 +108,10 @@ def main() -> None:
             f"| `xpert registry list --json` of {options.entries:,}, process start included | {wall * 1000:,.1f} ms | |"
         )
 
-    title = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    load = f"load average {os.getloadavg()[0]:.1f} at the end"
+    title = (
+        f"{os.cpu_count()} cores ({load}), {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    )
     text = "\n".join(["# Registry", "", f"`python benchmarks/registry.py` on {title}.", "", *lines, ""])
     print(text)
     if options.out:
