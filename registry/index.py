@@ -156,9 +156,9 @@ class Index:
 
 
 def _version(row: Sequence[Any]) -> Version:
-    *_, skills, scores, uses = row
-    lists = {"skills": tuple(json.loads(skills)), "uses": tuple(json.loads(uses))}
-    return Version(**dict(zip(_FIELDS, row, strict=True)) | lists | {"scores": json.loads(scores)})
+    name, version, kind, digest, created, size, base, fingerprint, description, skills, scores, uses = row
+    lists = tuple(json.loads(skills)), json.loads(scores), tuple(json.loads(uses) if uses != "[]" else ())
+    return Version(name, version, kind, digest, created, size, base, fingerprint, description, *lists)
 
 
 def search_words(text: str) -> list[str]:
