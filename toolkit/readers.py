@@ -130,7 +130,7 @@ class _File:
     def _open(self, moved: Callable[[int], None]) -> Iterator[IO[bytes]]:
         """The file's bytes, decompressed; reading errors name the file."""
         try:
-            with open(self.path, "rb") as file:
+            with self.path.open("rb") as file:
                 yield _decompressed(_Counted(file, moved), self.path.name.lower())
         except PermissionError:
             raise BadInput("may not be read", where=self.where, hint="check its permissions") from None
