@@ -75,5 +75,6 @@ def _once_a_row(runs: Hashes, rows: NDArray[np.int32]) -> Hashes:
     """Drops repetitions of a run inside one row."""
     order = np.argsort(runs, kind="stable")
     runs, rows = runs[order], rows[order]
-    again = np.concatenate(([False], (runs[1:] == runs[:-1]) & (rows[1:] == rows[:-1])))
+    again = np.zeros(len(runs), dtype=bool)
+    again[1:] = (runs[1:] == runs[:-1]) & (rows[1:] == rows[:-1])
     return runs[~again]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from xpert.boilerplate import Boilerplate
 from xpert.errors import Corrupt
-from xpert.readers import encode
 from xpert.records import Message, Row
+from xpert.source_files import encode
 from xpert.storage import disk_errors, read_json, read_manifest, write_json
 
 __all__ = ["POOL_SCHEMA", "Column", "Pool", "RowsWriter", "pool_from_rows", "turns_json"]
