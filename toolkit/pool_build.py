@@ -289,13 +289,14 @@ def _nothing_usable(source: Source, parser: RowParser, rows: int, reasons: Count
     if not rows:
         return BadInput("holds no rows", where=source.where, hint="it must hold at least one")
     reason, _ = reasons.most_common(1)[0]
+    why = f"each {reason}" if len(reasons) == 1 else f"{len(reasons)} reasons, most often: {reason}"
+    what = f"none of its {rows:,} rows can be used ({why})"
     if not parser.columns:
-        return BadInput(f"none of its {rows:,} rows can be used: each {reason}", where=source.where)
-    if parser.forms:
-        reason = f"each {reason}"
-    columns = ", ".join(list(parser.columns)[:20])
+        return BadInput(
+            what, where=source.where, hint='each row must be an object, such as {"prompt": ..., "completion": ...}'
+        )
     return BadInput(
-        f"none of its {rows:,} rows can be used (the first reason: {reason}); columns found: {columns}",
+        f"{what}; columns found: {', '.join(list(parser.columns)[:20])}",
         where=source.where,
         hint=f"known forms: {form_summary()}; name other columns with --map prompt=COLUMN,response=COLUMN",
     )
