@@ -189,6 +189,10 @@ def test_a_source_is_built_once_into_the_cache(
     assert open_pool(str(first.path)).fingerprint == first.fingerprint
     monkeypatch.undo()
     assert open_pool(path, options=PLAIN).path != first.path
+    with pytest.raises(BadInput, match="built already"):
+        open_pool(first.path or "", options=PLAIN)
+    with pytest.raises(BadInput, match="is a pool already"):
+        read_rows(first.path or "")
 
 
 def test_shots_and_their_near_copies_leave_the_pool(write_jsonl: Callable[..., Path]) -> None:
