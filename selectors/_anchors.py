@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
 from xpert.errors import BadInput
 from xpert.records import Shots
 

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-
 from xpert import plugins
 from xpert.budgeting import BudgetMeter
-from xpert.config import Config
 from xpert.eligible import EligibleFeatures
 from xpert.errors import BadInput
 from xpert.progress import SILENT, Progress
