@@ -8,7 +8,7 @@ so a gain computed earlier bounds what it is now: Minoux 1978, doi:10.1007/BFb00
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ __all__ = ["HELD", "SIMILARITIES", "Cover", "Coverage", "GraphCoverage", "take_g
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-HELD = 512
+HELD = 1024
 """How many candidates' columns are held at once; results do not depend on it."""
 _CELLS = 4_000_000
 
@@ -47,7 +47,8 @@ class Coverage:
     """candidates [n, d] and targets [t, d], unit rows; `bonus` [n] is added to each candidate's gain.
 
     The columns of the `held` candidates with the greatest bounds are kept, [held, t]; gains among them are brought
-    up to date one by one, and others come in when their bounds are no longer below. Memory O(n + held t).
+    up to date one by one, and others come in when their bounds are no longer below. Memory O(n + held t). `take` and
+    `drop` are for the candidate that `best` gave last.
     """
 
     def __init__(
@@ -65,19 +66,19 @@ class Coverage:
         self.held = min(held, len(candidates))
         self.bounds = self._first_bounds()
         self._outside = (np.inf, -1)  # the greatest bound that is not held, and its lowest candidate
-        self._hold: Ints = np.empty(0, dtype=np.int64)
+        self._hold: Ints = np.empty(0, dtype=np.int64)  # candidate of each slot
+        self._slot = np.full(len(candidates), -1, dtype=np.int64)  # slot of each candidate
         self._columns: Floats = np.empty((0, len(targets)), dtype=np.float32)
-        self._known: NDArray[np.float64] = np.empty(0)
+        self._known: NDArray[np.float64] = np.empty(0)  # gain of each slot, or a bound where it is not fresh
         self._fresh: NDArray[np.bool_] = np.empty(0, dtype=bool)
 
     def _first_bounds(self) -> NDArray[np.float64]:
         if self.held == len(self.candidates):
             return np.full(len(self.candidates), np.inf)  # all columns will be held: they tell
         sums = np.empty(len(self.candidates))
-        step = max(1, _CELLS // len(self.targets))
-        for start in range(0, len(sums), step):
-            block = self.similarity(self.candidates[start : start + step] @ self.targets.T)
-            sums[start : start + step] = block.sum(axis=1, dtype=np.float64)
+        for start, end in _steps(len(sums), len(self.targets)):
+            block = self.similarity(self.candidates[start:end] @ self.targets.T)
+            sums[start:end] = block.sum(axis=1, dtype=np.float64)
         # Columns are rounded to six decimals when they are held: a bound must not be below by that.
         return sums + 1e-6 * len(self.targets) + self.bonus
 
@@ -93,24 +94,30 @@ class Coverage:
     def _best_held(self) -> tuple[int, float] | None:
         """The best of the held candidates, where it is surely the best of all."""
         while True:
-            place = int(self._known.argmax())
-            if self._known[place] == -np.inf:
+            slot = int(self._known.argmax())
+            if self._known[slot] == -np.inf:
                 return None
-            if not self._fresh[place]:
-                self._known[place] = self._gains(slice(place, place + 1))[0]
-                self._fresh[place] = True
+            if not self._fresh[slot]:
+                self._known[slot] = self._gain(slot)
+                self._fresh[slot] = True
                 continue
-            candidate, gain = int(self._hold[place]), float(self._known[place])
+            equal = np.flatnonzero(self._known == self._known[slot])
+            if not self._fresh[equal].all():
+                stale = equal[~self._fresh[equal]]
+                self._known[stale] = [self._gain(int(other)) for other in stale]
+                self._fresh[stale] = True
+                continue
+            candidate, gain = int(self._hold[equal].min()), float(self._known[slot])
             bound, index = self._outside
             return (candidate, gain) if gain > bound or (gain == bound and candidate < index) else None
 
-    def _gains(self, places: slice) -> NDArray[np.float64]:
-        new = self._columns[places] - self.covered
+    def _gain(self, slot: int) -> float:
+        new = self._columns[slot] - self.covered
         np.maximum(new, 0, out=new)
-        return new.sum(axis=1, dtype=np.float64) + self.bonus[self._hold[places]]
+        return float(new.sum(dtype=np.float64) + self.bonus[self._hold[slot]])
 
     def _rebuild(self) -> bool:
-        """Holds the candidates with the greatest bounds, their gains up to date; False where none is left."""
+        """Holds the candidates with the greatest bounds; False where none is left."""
         self.bounds[self._hold] = self._known
         hold = top(self.bounds, self.held)
         hold = hold[self.bounds[hold] > -np.inf]
@@ -120,27 +127,48 @@ class Coverage:
         outside[hold] = -np.inf
         index = int(outside.argmax())
         self._outside = (float(outside[index]), index)
-        kept = np.isin(self._hold, hold, assume_unique=True)
-        if not (len(hold) == len(self._hold) and kept.all()):
-            columns = np.empty((len(hold), len(self.targets)), dtype=np.float32)
-            known = np.isin(hold, self._hold, assume_unique=True)
-            columns[known] = self._columns[kept]
-            cosines = np.round(self.candidates[hold[~known]] @ self.targets.T, 6)
-            columns[~known] = self.similarity(cosines)
-            self._hold, self._columns = hold, columns
-        self._known = self._gains(slice(None))
-        self._fresh = np.ones(len(hold), dtype=bool)
+        if not len(self._hold):
+            self._columns = np.empty((len(hold), len(self.targets)), dtype=np.float32)
+            self._put(hold, np.arange(len(hold)))
+        else:
+            coming = hold[self._slot[hold] < 0]
+            staying = np.zeros(len(self._hold), dtype=bool)
+            staying[self._slot[hold[self._slot[hold] >= 0]]] = True
+            self._put(coming, np.flatnonzero(~staying)[: len(coming)])
         return True
 
+    def _put(self, candidates: Ints, slots: Ints) -> None:
+        """Computes the columns of these candidates into these slots, whose former holders go."""
+        if not len(self._hold):
+            self._hold = candidates.copy()
+            self._known, self._fresh = np.empty(len(slots)), np.zeros(len(slots), dtype=bool)
+        self._slot[self._hold[slots]] = -1
+        self._hold[slots] = candidates
+        self._slot[candidates] = slots
+        self._fresh[slots] = False
+        self._known[slots] = self.bounds[candidates]
+        for start, end in _steps(len(candidates), len(self.targets)):
+            columns = self.similarity(np.round(self.candidates[candidates[start:end]] @ self.targets.T, 6))
+            self._columns[slots[start:end]] = columns
+            if self._known[slots[start]] == np.inf:  # no bound yet, and nothing is covered yet
+                self._known[slots[start:end]] = (
+                    columns.sum(axis=1, dtype=np.float64) + self.bonus[candidates[start:end]]
+                )
+
     def take(self, candidate: int) -> None:
-        place = int(np.searchsorted(self._hold, candidate))
-        np.maximum(self.covered, self._columns[place], out=self.covered)
+        np.maximum(self.covered, self._columns[self._slot[candidate]], out=self.covered)
         self._fresh[:] = False
-        self._known[place] = self.bounds[candidate] = -np.inf
+        self.drop(candidate)
 
     def drop(self, candidate: int) -> None:
-        place = int(np.searchsorted(self._hold, candidate))
-        self._known[place] = self.bounds[candidate] = -np.inf
+        self._known[self._slot[candidate]] = self.bounds[candidate] = -np.inf
+
+
+def _steps(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Slices of `rows` rows, of about 16 MB of float32 each where a row has `width`."""
+    step = max(1, _CELLS // width)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 class GraphCoverage:

@@ -56,8 +56,8 @@ class Facility:
     Options: ClassVar[type[Config]] = FacilityOptions
     needs: ClassVar[frozenset[str]] = frozenset({"embeddings"})
     cost: ClassVar[str] = (
-        "blocks: time O(n d n/400 + 400 n d), memory O(400 n); exact: time O(n^2 d), memory O(512 n); "
-        "sparse: an IVF graph and O(n k) memory; shots: time O(n K d)"
+        "blocks: k-means and time O(400 n d), memory O(n (d + 400)); exact: time O(n^2 d) and more, memory 256 MB + "
+        "O(n) (minutes from 50,000 rows); sparse: an IVF graph, memory O(n k); shots: time O(n K d)"
     )
     source: ClassVar[str] = (
         "Nemhauser, Wolsey, Fisher 1978, doi:10.1007/BF01588971; lazy: Minoux 1978; query form: submodlib's FLQMI"
@@ -75,10 +75,8 @@ class Facility:
         meter = BudgetMeter.of(budget, len(embeddings), features.lengths() if budget.in_tokens else None)
         covers, members, log = self._covers(features, rng)
         rows, gains, blocks = take_greedily(covers, members, meter)
-        reasons = [
-            f"adds {gain:.4g} to the coverage{self._place(len(covers), block)}"
-            for gain, block in zip(gains, blocks, strict=True)
-        ]
+        of_block = [f" of block {block}" if len(covers) > 1 else "" for block in blocks]
+        reasons = [f"adds {gain:.4g} to the coverage{place}" for gain, place in zip(gains, of_block, strict=True)]
         value, targets = sum(gains), sum(len(part) for part in members)
         if self.options.mode != "shots":
             log.append({"step": "coverage", "rows": len(rows), "value": round(value, 4), "most": targets})
@@ -104,7 +102,9 @@ class Facility:
             case _:
                 members = everything
         parts = (embeddings[rows] for rows in members) if len(members) > 1 else iter([embeddings])
-        covers: list[Cover] = [Coverage(part, part, similarity, held=self.block) for part in parts]
+        # One block over everything thrashes where few columns are held: it gets 256 MB, all of 8,192 rows.
+        held = self.block if len(members) > 1 else max(self.block, 2**26 // len(embeddings))
+        covers: list[Cover] = [Coverage(part, part, similarity, held=held) for part in parts]
         sizes = [len(rows) for rows in members]
         return covers, members, [{"step": "blocks", "count": len(sizes), "least": min(sizes), "most": max(sizes)}]
 
