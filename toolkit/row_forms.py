@@ -189,9 +189,8 @@ class RowParser:
         if self._form is None:
             return "known form"
         asked = next((self.mapping[part] for part in _ASKED if part in self.mapping), self._form.asked[0])
-        answered = next(
-            (self.mapping[part] for part in _ANSWERED if part in self.mapping), *self._form.answered[:1], None
-        )
+        usual = self._form.answered[0] if self._form.answered else None
+        answered = next((self.mapping[part] for part in _ANSWERED if part in self.mapping), usual)
         return " and ".join(repr(column) for column in (asked, answered) if column)
 
     def _column(self, columns: Collection[str], usual: Sequence[str], parts: Sequence[str]) -> str | None:
