@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from xpert import plugins
-from xpert.protocols import Embedder, EmbedderContext
+from xpert.progress import SILENT, Progress
+from xpert.protocols import Embedder, EmbedderContext, Floats
 
 __all__ = ["FittedEmbedder", "normalise", "open_embedder"]
 
@@ -16,6 +17,9 @@ __all__ = ["FittedEmbedder", "normalise", "open_embedder"]
 @runtime_checkable
 class FittedEmbedder(Protocol):
     """An embedder that learns from the corpus, and whose learnt state is plain arrays that can be stored."""
+
+    def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
+        """`fit` and then `embed` of the same texts, for less than both."""
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What `fit` learnt; `restore` of it gives the same embeddings without fitting again."""

@@ -124,26 +124,34 @@ class Features:
         }
 
     def _embed_pool(self) -> Arrays:
-        embedder = self._fitted()
-        return {"rows": _checked(embedder.embed(self._pool_texts(), self.progress), len(self.pool))}
+        embedder = self._embedder
+        texts = self._pool_texts()
+        if not isinstance(embedder, FittedEmbedder) or self._restored(embedder):
+            rows = embedder.embed(texts, self.progress)
+        else:
+            rows = self._fit(embedder, texts)
+        return {"rows": _checked(rows, len(self.pool))}
 
     def _fitted(self) -> Embedder:
         """The embedder, fitted on the pool or restored as it was fitted."""
         embedder = self._embedder
-        if self._ready:
-            return embedder
-        if isinstance(embedder, FittedEmbedder):
-            stored = self._cache.find("embedder", self._embedding_key)
-            if stored is not None:
-                embedder.restore(stored)
-            else:
-                self.progress.say(f"fitting {self.options.embedder} on {len(self.pool):,} rows")
-                embedder.fit(self._pool_texts())
-                self._cache.put("embedder", self._embedding_key, embedder.state())
-        else:
-            embedder.fit(self._pool_texts())
-        self._ready = True
+        if isinstance(embedder, FittedEmbedder) and not self._restored(embedder):
+            self._fit(embedder, self._pool_texts())
         return embedder
+
+    def _restored(self, embedder: FittedEmbedder) -> bool:
+        """Whether the embedder knows the pool: it was fitted here before, or its stored state has been read."""
+        if not self._ready and (stored := self._cache.find("embedder", self._embedding_key)) is not None:
+            embedder.restore(stored)
+            self._ready = True
+        return self._ready
+
+    def _fit(self, embedder: FittedEmbedder, texts: Sequence[str]) -> Floats:
+        self.progress.say(f"fitting {self.options.embedder} on {len(texts):,} rows")
+        rows = embedder.fit_embed(texts, self.progress)
+        self._cache.put("embedder", self._embedding_key, embedder.state())
+        self._ready = True
+        return rows
 
     def _pool_texts(self) -> Sequence[str]:
         if self.options.embed_field == "prompt":
