@@ -39,7 +39,6 @@ class KShotOptions(Config):
     refill: bool = option(
         True, "walk on past repeats until the budget is spent; off: take the budget, then drop its repeats"
     )
-    block: int = option(512, "rows compared at once; the choice does not depend on it", minimum=1)
 
 
 class KShot:
@@ -55,6 +54,8 @@ class KShot:
     cost: ClassVar[str] = "time O(n K d + m b d), memory O(n K + b d); m rows walked for b taken"
     source: ClassVar[str] = "Leveraging Open Knowledge for Advancing Task Expertise in LLMs, arXiv:2408.15915, alg. 2"
 
+    block: int = 512
+
     def __init__(self, options: KShotOptions) -> None:
         self.options = options
 
@@ -64,7 +65,7 @@ class KShot:
         meter = BudgetMeter.of(budget, len(embeddings), features.lengths() if budget.in_tokens else None)
         cosines = similarities(embeddings, features.shot_embeddings())
         scores, order = self._rank(embeddings, features.shot_embeddings(), cosines)
-        walk = _Walk(embeddings, self.options.tau, self.options.block)
+        walk = _Walk(embeddings, self.options.tau, self.block)
         if not self.options.refill:
             order = np.array(meter.walk(order.tolist()), dtype=np.int64)
             meter = BudgetMeter(meter.limit, meter.costs)
