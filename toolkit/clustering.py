@@ -1,0 +1,185 @@
+"""Spherical k-means over embeddings, and the terms that tell its clusters apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from xpert.embedding import normalise
+from xpert.errors import BadInput
+from xpert.protocols import Floats
+from xpert.similarity import max_similarity
+
+__all__ = ["Clusters", "cluster", "cluster_count", "telling_terms"]
+
+Labels = NDArray[np.int32]
+
+_MOST_CLUSTERS = 4096
+_TRAINING_ROWS_PER_CLUSTER = 256
+_NAMED_ROWS_PER_CLUSTER = 200
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """labels [n] int32 in 0..k-1, centroids [k, d] float32 of length 1, and per cluster its telling terms.
+
+    No cluster is empty. A row's cluster is that of its nearest centroid, except for rows that were moved to fill a
+    cluster that would have been empty.
+    """
+
+    labels: Labels
+    centroids: Floats
+    terms: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        return np.bincount(self.labels, minlength=len(self)).astype(np.int64)
+
+
+def cluster_count(setting: str, embeddings: Floats) -> int:
+    """How many clusters `auto` or a number means for these rows [n, d].
+
+    `auto` is round(sqrt(n / 2)), at most 4096 and at most the number of different rows. Raises BadInput for a number
+    that is not in 1..n, or larger than the number of different rows.
+    """
+    n = len(embeddings)
+    if setting == "auto":
+        wanted = max(1, min(_MOST_CLUSTERS, round((n / 2) ** 0.5)))
+        return min(wanted, _different_rows(embeddings, wanted))
+    if not re.fullmatch(r"[+-]?\d+", setting):
+        raise BadInput(f"clusters is {setting!r}", hint="write a whole number, or auto")
+    wanted = int(setting)
+    if wanted < 1:
+        raise BadInput(f"clusters is {wanted}; the least is 1", hint="write a whole number from 1, or auto")
+    if wanted > n:
+        raise BadInput(f"clusters is {wanted:,}, but the pool holds {n:,} rows", hint="lower --clusters, or write auto")
+    different = _different_rows(embeddings, wanted)
+    if wanted > different:
+        raise BadInput(
+            f"clusters is {wanted:,}, but only {different:,} rows of the pool embed differently",
+            hint=f"write at most {different}, or auto",
+        )
+    return wanted
+
+
+def cluster(embeddings: Floats, k: int, *, seed: int = 0, iterations: int = 20) -> tuple[Labels, Floats]:
+    """Spherical k-means (cosine), by faiss: rows [n, d] of length 1 -> labels [n] int32, centroids [k, d].
+
+    Trained on at most 256 rows per cluster, drawn by `seed`; all rows are assigned. k must be at most the number of
+    different rows (see `cluster_count`). The same seed and number of OpenMP threads give the same clusters. After
+    this a *forked* child that uses OpenMP hangs: spawn processes instead. Time O((256 k · iterations + n) k d).
+    """
+    import faiss
+
+    rows = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k is {k} for {len(rows)} rows")
+    if k == 1:
+        return np.zeros(len(rows), np.int32), normalise(rows.mean(axis=0, keepdims=True))
+    trainer = faiss.Kmeans(
+        rows.shape[1],
+        k,
+        niter=iterations,
+        seed=seed + 1,  # faiss reads 0 as "seed by the clock"
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=_TRAINING_ROWS_PER_CLUSTER,
+    )
+    trainer.train(rows)
+    centroids = normalise(trainer.centroids)
+    cosines, labels = max_similarity(rows, centroids)
+    return _fill_empty(rows, labels.astype(np.int32), centroids, cosines)
+
+
+def _fill_empty(rows: Floats, labels: Labels, centroids: Floats, cosines: Floats) -> tuple[Labels, Floats]:
+    """Splits the biggest cluster for each empty one: its row farthest from the centroid founds the new cluster, and
+    the rows nearer to that than to the old centroid go with it."""
+    sizes = np.bincount(labels, minlength=len(centroids))
+    for empty in np.flatnonzero(sizes == 0):
+        for biggest in np.argsort(-sizes, kind="stable"):
+            members = np.flatnonzero(labels == biggest)
+            founder = members[cosines[members].argmin()]
+            to_founder = rows[members] @ rows[founder]
+            moving = members[to_founder > cosines[members]]
+            if founder not in moving:  # a zero row, or rounding
+                moving = np.append(moving, founder)
+            if len(moving) < len(members):
+                break
+        else:  # cannot happen while k is at most the number of different rows
+            raise RuntimeError("no cluster can be split")
+        labels[moving] = empty
+        centroids[empty] = normalise(rows[founder][None])[0]
+        cosines[moving] = rows[moving] @ centroids[empty]
+        sizes = np.bincount(labels, minlength=len(centroids))
+    return labels, centroids
+
+
+def _different_rows(embeddings: Floats, enough: int) -> int:
+    """The number of different rows, counted up to `enough`."""
+    seen: set[bytes] = set()
+    for row in embeddings:
+        seen.add(row.tobytes())
+        if len(seen) >= enough:
+            break
+    return len(seen)
+
+
+def telling_terms(texts: Sequence[str], labels: Labels, k: int, *, count: int = 8, seed: int = 0) -> list[list[str]]:
+    """Per cluster, up to `count` words and word pairs that stand in it far more than elsewhere, most telling first.
+
+    Class-based TF-IDF: tf(t, c) · log(1 + A / f(t)), with A the mean number of terms per cluster (Grootendorst 2022,
+    arXiv:2203.05794), over at most 200 rows per cluster drawn by `seed`. A pair displaces its own words.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+    picked = _sample_per_cluster(labels, k, np.random.default_rng(seed))
+    vectorizer = CountVectorizer(
+        ngram_range=(1, 2), stop_words=sorted(ENGLISH_STOP_WORDS), token_pattern=r"[^\W\d_]{2,}", dtype=np.float64
+    )
+    try:
+        counts = vectorizer.fit_transform([texts[row] for row in picked])
+    except ValueError as error:
+        if "empty vocabulary" not in str(error):
+            raise
+        return [[] for _ in range(k)]
+    names = vectorizer.get_feature_names_out()
+    # How many rows hold a term, not how often: one row that repeats a word must not name the cluster.
+    counts.data[:] = 1
+    member = csr_matrix((np.ones(len(picked)), (labels[picked], np.arange(len(picked)))), shape=(k, len(picked)))
+    per_cluster = (member @ counts).tocsr()
+    totals = np.asarray(per_cluster.sum(axis=0)).ravel()
+    weight = np.log1p(per_cluster.sum() / k / totals)
+    terms = []
+    for index in range(k):
+        row = per_cluster[index]
+        scores = row.data * weight[row.indices]
+        order = np.lexsort((row.indices, -scores))
+        terms.append(_without_repeats((str(names[row.indices[at]]) for at in order[: count * 5]), count))
+    return terms
+
+
+def _sample_per_cluster(labels: Labels, k: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    starts = np.searchsorted(labels[order], np.arange(k))
+    place = np.arange(len(order)) - starts[labels[order]]
+    return np.sort(order[place < _NAMED_ROWS_PER_CLUSTER])
+
+
+def _without_repeats(ranked: Iterable[str], count: int) -> list[str]:
+    kept: list[str] = []
+    for term in ranked:
+        words = set(term.split())
+        if any(words <= set(other.split()) for other in kept):
+            continue
+        kept.append(term)
+        if len(kept) == count:
+            break
+    return kept

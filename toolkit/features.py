@@ -1,0 +1,235 @@
+"""What is computed from a pool: lengths, embeddings and clusters. Lazy, and cached by content.
+
+A feature is computed when it is first asked for, and kept in the cache folder under a key that holds the pool's
+fingerprint, the embedder's identity and the settings; the same inputs are never computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xpert.array_cache import ArrayCache, Arrays
+from xpert.clustering import Clusters, cluster, cluster_count, telling_terms
+from xpert.config import Config, option
+from xpert.embedding import FittedEmbedder, open_embedder
+from xpert.errors import BadInput
+from xpert.progress import SILENT, Progress
+from xpert.protocols import Embedder, Floats
+from xpert.records import Row, Shots
+from xpert.storage import cache_folder
+
+if TYPE_CHECKING:
+    from xpert.data import Pool
+
+__all__ = ["FeatureOptions", "Features", "estimate_tokens"]
+
+_TOKENS_PER_WORD = 1.3
+_USER_CACHE: Any = object()
+
+
+@dataclass(frozen=True)
+class FeatureOptions(Config):
+    """How the features of a pool are computed."""
+
+    embedder: str = option("lsa", "what turns texts into vectors: lsa, minilm, st:FOLDER or st:NAME, lm (needs --base)")
+    embed_field: str = option("prompt", "what of a row is embedded", choices=("prompt", "response", "both"))
+    clusters: str = option("auto", "how many clusters: a number, or auto: the square root of half the rows")
+    base: str | None = option(
+        None, "base model: its tokenizer counts lengths, its states embed with lm (folder, hub name or .gguf)"
+    )
+
+
+class Features:
+    """The features of a pool, and of the shots beside it.
+
+    `cache` is the folder where they are kept: the user's cache unless given, None for memory alone. `timings` and
+    `spent` hold the wall and CPU seconds of each feature computed or read so far. Not for use from several threads.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        options: FeatureOptions | None = None,
+        *,
+        shots: Shots | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        progress: Progress = SILENT,
+        cache: Path | None = _USER_CACHE,
+    ) -> None:
+        self.pool = pool
+        self.options = options or FeatureOptions()
+        self.shots = shots
+        self.device = device
+        self.seed = seed
+        self.progress = progress
+        folder = cache_folder() / "features" if cache is _USER_CACHE else cache
+        self._cache = ArrayCache(folder, progress)
+        self._ready = False
+        self.timings: dict[str, float] = {}
+        self.spent: dict[str, float] = {}
+
+    # ── embeddings ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def embeddings(self) -> Floats:
+        """float32 [n, d], L2-normalised, read-only; a row without content may be zero."""
+        return self._embeddings
+
+    def shot_embeddings(self) -> Floats:
+        """float32 [K, d], in the order of the shots. Raises BadInput without shots."""
+        return self._shot_embeddings
+
+    def embed(self, rows: Iterable[Row]) -> Floats:
+        """float32 [m, d] of any rows, by the embedder as fitted on the pool; not cached."""
+        texts = [self._text(row.prompt, row.response) for row in rows]
+        return _checked(self._fitted().embed(texts, self.progress), len(texts))
+
+    @cached_property
+    def _embeddings(self) -> Floats:
+        if not len(self.pool):
+            raise BadInput("the pool holds no rows", where=str(getattr(self.pool, "path", "") or "") or None)
+        with self._timed("embeddings"):
+            return self._cache.get_or_make("embeddings", self._embedding_key, self._embed_pool)["rows"]
+
+    @cached_property
+    def _shot_embeddings(self) -> Floats:
+        shots = self.shots
+        if shots is None or not len(shots):
+            raise BadInput("there are no shots to compare with", hint="give them with --shots FILE")
+        key = {**self._embedding_key, "shots": shots.fingerprint}
+        with self._timed("shot embeddings"):
+            return self._cache.get_or_make("shot-embeddings", key, lambda: {"rows": self.embed(shots)})["rows"]
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        options = self.options
+        return open_embedder(options.embedder, base=options.base, device=self.device, seed=self.seed)
+
+    @cached_property
+    def _embedding_key(self) -> dict[str, Any]:
+        return {
+            "pool": self.pool.fingerprint,
+            "embedder": self._embedder.identity,
+            "field": self.options.embed_field,
+        }
+
+    def _embed_pool(self) -> Arrays:
+        embedder = self._fitted()
+        return {"rows": _checked(embedder.embed(self._pool_texts(), self.progress), len(self.pool))}
+
+    def _fitted(self) -> Embedder:
+        """The embedder, fitted on the pool or restored as it was fitted."""
+        embedder = self._embedder
+        if self._ready:
+            return embedder
+        if isinstance(embedder, FittedEmbedder):
+            stored = self._cache.find("embedder", self._embedding_key)
+            if stored is not None:
+                embedder.restore(stored)
+            else:
+                self.progress.say(f"fitting {self.options.embedder} on {len(self.pool):,} rows")
+                embedder.fit(self._pool_texts())
+                self._cache.put("embedder", self._embedding_key, embedder.state())
+        else:
+            embedder.fit(self._pool_texts())
+        self._ready = True
+        return embedder
+
+    def _pool_texts(self) -> Sequence[str]:
+        if self.options.embed_field == "prompt":
+            return list(self.pool.prompts())
+        if self.options.embed_field == "response":
+            return list(self.pool.responses())
+        return [self._text(p, r) for p, r in zip(self.pool.prompts(), self.pool.responses(), strict=True)]
+
+    def _text(self, prompt: str, response: str) -> str:
+        return {"prompt": prompt, "response": response, "both": f"{prompt}\n{response}"}[self.options.embed_field]
+
+    # ── lengths ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [n]: the tokens of each row that training learns from, in `lengths_unit`."""
+        return self._lengths
+
+    @property
+    def lengths_unit(self) -> str:
+        """What `lengths` counts: tokens of the base model's tokenizer, or an estimate of them."""
+        if self.options.base is not None:
+            return f"tokens of {self.options.base}"
+        return f"estimated tokens ({_TOKENS_PER_WORD} a word; give --base to count them)"
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        with self._timed("lengths"):
+            base = self.options.base
+            if base is None:
+                return estimate_tokens(self.pool.responses())
+            from xpert.language_model import answer_lengths, load_tokenizer, model_fingerprint
+
+            def count() -> Arrays:
+                return {"tokens": answer_lengths(load_tokenizer(base), self.pool.responses())}
+
+            key = {"pool": self.pool.fingerprint, "base": model_fingerprint(base)}
+            return self._cache.get_or_make("lengths", key, count)["tokens"]
+
+    # ── clusters ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def clusters(self) -> Clusters:
+        """Spherical k-means clusters of the embeddings, with telling terms of the prompts."""
+        return self._clusters
+
+    @cached_property
+    def _clusters(self) -> Clusters:
+        embeddings = self.embeddings()
+        with self._timed("clusters"):
+            count = cluster_count(self.options.clusters, embeddings)
+            key = {**self._embedding_key, "clusters": count, "seed": self.seed, "form": 1}
+            stored = self._cache.get_or_make("clusters", key, lambda: self._make_clusters(embeddings, count))
+            terms = bytes(stored["terms"]).decode().split("\n")
+            return Clusters(
+                labels=stored["labels"],
+                centroids=stored["centroids"],
+                terms=[[term for term in line.split("\t") if term] for line in terms],
+            )
+
+    def _make_clusters(self, embeddings: Floats, count: int) -> Arrays:
+        self.progress.say(f"clustering {len(embeddings):,} rows into {count:,}")
+        labels, centroids = cluster(embeddings, count, seed=self.seed)
+        terms = telling_terms(self.pool.prompts(), labels, count, seed=self.seed)
+        encoded = "\n".join("\t".join(line) for line in terms).encode()
+        return {"labels": labels, "centroids": centroids, "terms": np.frombuffer(encoded, np.uint8)}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self.timings[name] = time.perf_counter() - wall
+        self.spent[name] = time.process_time() - processor
+
+    def describe(self) -> Mapping[str, Any]:
+        """What a manifest says of the features: options, the embedder's identity and the seed."""
+        return {**dataclasses.asdict(self.options), "embedder_identity": self._embedder.identity, "seed": self.seed}
+
+
+def estimate_tokens(texts: Iterable[str]) -> NDArray[np.int64]:
+    """1.3 tokens a word, rounded up, and one for the end of the turn: int64 [n]."""
+    return np.fromiter((math.ceil(_TOKENS_PER_WORD * len(text.split())) + 1 for text in texts), np.int64)
+
+
+def _checked(rows: Floats, expected: int) -> Floats:
+    """Holds an embedder, which may be anyone's plug-in, to its contract."""
+    if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != expected:
+        raise ValueError(f"the embedder returned {rows.dtype} {rows.shape} for {expected} texts, not float32 [n, d]")
+    if not np.isfinite(rows).all():
+        raise ValueError("the embedder returned numbers that are not finite")
+    return rows
