@@ -76,7 +76,7 @@ def write_expert(out: Path, trained: Trained) -> None:
         write_file(draft / LOG_FILE, "".join(json.dumps(record) + "\n" for record in trained.log))
         write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
         card = _card(out.name, trained, adapter)
-        write_file(draft / "README.md", _readme(card))
+        write_file(draft / "README.md", model_card(card))
         _report(draft / "report.html", card, trained)
         files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
         ExpertCard(**{**vars(card), "files": files}).write(draft)
@@ -139,7 +139,7 @@ def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _readme(card: ExpertCard) -> str:
+def model_card(card: ExpertCard) -> str:
     """A model card as the Hugging Face Hub reads it."""
     import yaml
 
