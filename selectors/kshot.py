@@ -32,7 +32,7 @@ class KShotOptions(Config):
         maximum=1,
     )
     order: str = option(
-        "nearest",
+        "turns",
         "nearest: by the greatest cosine with any shot; turns: the shots choose their nearest rows in turn; "
         "mean: by the cosine with the shots' mean",
         choices=("nearest", "turns", "mean"),
@@ -51,9 +51,11 @@ class KShotOptions(Config):
 class KShot:
     """Rows most like the shots first, near-repeats of better rows passed over, refilled to the budget.
 
-    embeddings [n, d], shots [K, d], unit rows -> rows in the order taken. Score: the greatest cosine with any shot
-    (order `mean`: the cosine with the shots' mean). Rows that repeat an earlier one come back, best first, only where
-    the pool has nothing else for the budget. Order `mean` is the form of the paper's released code.
+    embeddings [n, d], shots [K, d], unit rows -> distinct rows in the order taken, then repeats brought back. Score:
+    the greatest cosine with any shot (order `mean`: the cosine with the shots' mean). The paper's algorithm takes the
+    budget by order `nearest` and drops its repeats (refill=false); its released code is order `mean`. Two things were
+    measured to serve better: shots that choose in turn, and repeats that come back rather than rows far from the task,
+    since to a plain embedder all rows of one template look alike (benchmarks/results/selection_share.md).
     """
 
     Options: ClassVar[type[Config]] = KShotOptions
