@@ -132,7 +132,7 @@ def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
     """Prompts the expert was trained for, shots first; held-out shots are what it is meant for as well."""
     shots = [*(row for row in rows if row in data.rows[: data.shots]), *data.validation]
     others = [row for row in rows if row not in data.rows[: data.shots]]
-    lines = []
+    lines: list[dict[str, Any]] = []
     for kind, group in (("shot", shots), ("row", others)):
         chosen = group[: EXEMPLARS - len(lines)]
         lines += [{"prompt": row.prompt, "skill": row.skill, "kind": kind} for row in chosen]

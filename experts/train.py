@@ -173,7 +173,7 @@ def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done:
 
 def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
     from transformers import PrinterCallback
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
     from xpert.experts.answer_trainer import AnswerTrainer, Spent, to_dataset
 
     options, cuda = run.options, run.lm.device.type == "cuda"
@@ -196,7 +196,6 @@ def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
         bf16=cuda and str(run.lm.dtype) == "torch.bfloat16",
         use_cpu=not cuda,
         activation_checkpointing=options.activation_checkpointing,
-        gradient_checkpointing=None,  # the old name of the same, which trl would turn on
         save_strategy="steps",
         save_steps=options.checkpoint_steps,
         save_total_limit=2,  # the one before counts until the newest is sealed

@@ -41,7 +41,7 @@ def open_pool(
     progress: Progress = SILENT,
 ) -> Pool:
     """A pool folder as it is, or the pool of any other source: built once into the user's cache, found there by the
-    source's content and `options` (which a pool folder, being built already, does not take).
+    source's content and `options`. A pool folder takes no options: it is built already.
 
     With `shots`, rows that overlap them are left out of the pool, which then is a view in memory with a fingerprint of
     its own; to keep features shared between tasks, mask the rows of `overlapping_rows` instead. Raises BadInput where
@@ -49,6 +49,8 @@ def open_pool(
     """
     path = Path(source)
     ready = path.is_dir() and is_pool(path)
+    if ready and options not in (None, PoolOptions()):
+        raise BadInput("the pool is built already, so it takes no options", where=str(source), hint="build it anew")
     pool = Pool.open(path) if ready else _cached(source, options or PoolOptions(), progress)
     if shots is None:
         return pool

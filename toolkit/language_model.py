@@ -74,6 +74,7 @@ def load_model(ref: str, *, device: str = "auto", dtype: str = "auto", progress:
         raise unknown("dtype", dtype, DTYPES)
     place = resolve_device(device)
     files = find_model(ref)
+    fingerprint = files.fingerprint()
     chosen = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
     folder = _dequantised(files, progress) if files.gguf else files.folder
     model = _load_weights(ref, folder, getattr(torch, chosen)).to(place).eval()
@@ -81,7 +82,7 @@ def load_model(ref: str, *, device: str = "auto", dtype: str = "auto", progress:
         model,
         _load_tokenizer(ref, folder),
         ref,
-        files.fingerprint(),
+        fingerprint,
         place,
         getattr(torch, chosen),
         find_model(str(folder)).architecture,

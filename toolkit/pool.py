@@ -180,13 +180,13 @@ def _row(value: dict[str, Any]) -> Row:
 class ContentHash:
     """Hash of the prompt, messages and response columns that does not depend on how the rows are cut into batches.
 
-    Per column one sha256 of the texts laid end to end and one of their lengths (-1 where there is none).
+    Per column one BLAKE2b of the texts laid end to end and one of their lengths (-1 where there is none).
     """
 
     COLUMNS = ("prompt", "messages", "response")
 
     def __init__(self) -> None:
-        self.digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in self.COLUMNS}
+        self.digests = {name: (_digest(), _digest()) for name in self.COLUMNS}
 
     def update(self, batch: pa.RecordBatch) -> None:
         for name, (texts, lengths) in self.digests.items():
@@ -199,10 +199,14 @@ class ContentHash:
                 texts.update(memoryview(data)[ends[0] : ends[-1]])
 
     def hexdigest(self) -> str:
-        whole = hashlib.sha256()
+        whole = _digest()
         for texts, lengths in self.digests.values():
             whole.update(texts.digest() + lengths.digest())
         return whole.hexdigest()
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=32)
 
 
 class RowsWriter:

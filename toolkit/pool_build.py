@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -84,8 +85,13 @@ def build_pool(
         avoided.add(shots, "the shots")
     for path in avoid:
         avoided.add(read_rows(path, need_answer=False), Path(path).name)
-    with draft_folder(out, replace=replace) as folder, _Builder(folder, options) as builder:
+    with (
+        draft_folder(out, replace=replace) as folder,
+        _Builder(folder, options) as builder,
+        ThreadPoolExecutor(1) as threads,  # hashes the sources meanwhile
+    ):
         started = time.perf_counter()
+        prints = [threads.submit(source.fingerprint) for source in opened]
         for source in opened:
             builder.read(source, progress)
         read = time.perf_counter()
@@ -94,7 +100,7 @@ def build_pool(
             folder,
             "pool",
             inputs={
-                "sources": [{"name": source.name, "hash": source.fingerprint()} for source in opened],
+                "sources": [{"name": s.name, "hash": p.result()} for s, p in zip(opened, prints, strict=True)],
                 "shots": shots.fingerprint if shots else None,
                 "avoid": [{"name": Path(path).name, "hash": open_source(path).fingerprint()} for path in avoid],
             },
@@ -166,7 +172,7 @@ class _Builder:
         rows.ids = self._unique_ids(source, rows)
         batch, lines = rows.batch(), np.array(rows.lines, dtype=np.int64)
         if self.options.duplicates:
-            first = self.seen_texts.add(hash64(map(_exact_key, rows.prompts, rows.responses)))
+            first = self.seen_texts.add(hash64(map(exact_key, rows.prompts, rows.responses)))
             self._remember(batch.column("id"))
             own = np.arange(self.seen_texts.count - len(rows.ids), self.seen_texts.count)
             for at in np.flatnonzero(first != own):
@@ -184,6 +190,11 @@ class _Builder:
         return len(rows.ids)
 
     def _normal_form(self, source: Source, parser: RowParser, block: Block, reasons: Counter[str]) -> _Rows:
+        even = None if block.faults else parser.parse_block(block.values)
+        if even is not None:
+            labels = [label or f"{source.name}:{line}" for label, line in zip(even.ids, block.lines, strict=True)]
+            alone: list[str | None] = [None] * len(labels)
+            return _Rows(labels, even.prompts, even.responses, alone, even.skills, block.raws, block.lines)
         rows = _Rows()
         parse, id_of, skill_of = parser.parse, parser.id_of, parser.skill_of
         for at, (line, value, raw) in enumerate(zip(block.lines, block.values, block.raws, strict=True)):
@@ -212,7 +223,7 @@ class _Builder:
         again = np.arange(len(ids))
         for suffix in ("~{line}", "~{name}:{line}", "~{name}:{line}~{count}"):
             count = self.seen_ids.count
-            first = self.seen_ids.add(hash64(ids[at] for at in again))
+            first = self.seen_ids.add(hash64(ids[at].encode("utf-8", "surrogatepass") for at in again))
             again = again[first != np.arange(count, count + len(again))]
             if not len(again):
                 break
@@ -263,21 +274,29 @@ class _Builder:
             )
 
 
-def _exact_key(prompt: str, response: str) -> str:
-    return f"{' '.join(prompt.split())}\0{' '.join(response.split())}"
+_SPACES = bytes(32 if byte in b"\t\n\v\f\r" else byte for byte in range(256))
+
+
+def exact_key(prompt: str, response: str) -> bytes:
+    """What two rows must have in common to be exact duplicates: runs of white space count as one space."""
+    key = f"{prompt.strip()}\0{response.strip()}".encode("utf-8", "surrogatepass").translate(_SPACES)
+    while b"  " in key:
+        key = key.replace(b"  ", b" ")
+    return key
 
 
 def _nothing_usable(source: Source, parser: RowParser, rows: int, reasons: Counter[str]) -> BadInput:
     if not rows:
         return BadInput("holds no rows", where=source.where, hint="it must hold at least one")
     reason, _ = reasons.most_common(1)[0]
+    why = f"each {reason}" if len(reasons) == 1 else f"{len(reasons)} reasons, most often: {reason}"
+    what = f"none of its {rows:,} rows can be used ({why})"
     if not parser.columns:
-        return BadInput(f"none of its {rows:,} rows can be used: each {reason}", where=source.where)
-    if parser.forms:
-        reason = f"each {reason}"
-    columns = ", ".join(list(parser.columns)[:20])
+        return BadInput(
+            what, where=source.where, hint='each row must be an object, such as {"prompt": ..., "completion": ...}'
+        )
     return BadInput(
-        f"none of its {rows:,} rows can be used (the first reason: {reason}); columns found: {columns}",
+        f"{what}; columns found: {', '.join(list(parser.columns)[:20])}",
         where=source.where,
         hint=f"known forms: {form_summary()}; name other columns with --map prompt=COLUMN,response=COLUMN",
     )

@@ -145,13 +145,15 @@ class RoutableExpert:
     """What a router may know of an expert.
 
     `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
-    its profile (skill -> score, as far as it is profiled).
+    its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
+    else they are empty.
     """
 
     key: str
     exemplars: tuple[str, ...]
     skills: tuple[str, ...] = ()
     skill_scores: Mapping[str, float] = field(default_factory=dict)
+    exemplar_skills: tuple[str, ...] = ()
 
 
 class Router(Protocol):

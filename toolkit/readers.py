@@ -63,6 +63,8 @@ def _folder_source(path: Path) -> Source:
 
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return DatasetFolder(path)
+    if (path / "rejected.jsonl").is_file():
+        raise BadInput("is a pool already, not a source", where=str(path), hint="name the files it was built from")
     raise BadInput(
         "the folder is neither a pool nor a dataset saved by `datasets`",
         where=str(path),

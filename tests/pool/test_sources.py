@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +243,21 @@ def test_the_hub_is_not_reached_offline(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+    import pyarrow as pa
 
     asked: list[Any] = []
-    rows = datasets.Dataset.from_list([{"question": "a", "answer": "b"}]).to_iterable_dataset()
+
+    class Stream:
+        def with_format(self, name: str) -> Stream:
+            assert name == "arrow"
+            return self
+
+        def iter(self, batch_size: int) -> Iterator[Any]:
+            yield pa.table({"question": ["a"], "answer": ["b"]})
 
     def load(*args: Any, **rest: Any) -> Any:
         asked.append((args, rest))
-        return rows
+        return Stream()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_rows("hf:owner/name:main:test")[0].response == "b"
