@@ -41,7 +41,7 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
-        "summary": _first_line(text),
+        "summary": _title(plugin),
         "text": text,
         "needs": sorted(getattr(plugin, "needs", ())),
         "cost": getattr(plugin, "cost", None),
@@ -53,12 +53,14 @@ def describe(kind: str, name: str) -> dict[str, Any]:
 def _summary(kind: str, name: str) -> dict[str, str]:
     """One line of the list; a member whose packages are missing stands there, and says so."""
     try:
-        return {"name": name, "summary": _first_line(inspect.getdoc(plugins.load(kind, name)) or "")}
+        return {"name": name, "summary": _title(plugins.load(kind, name))}
     except (ImportError, Unavailable) as error:
         return {"name": name, "summary": f"(not usable here: {error})"}
 
 
-def _first_line(text: str) -> str:
+def _title(plugin: Any) -> str:
+    """The first sentence of the member's module, or of its class where the module says nothing."""
+    text = inspect.getdoc(inspect.getmodule(plugin)) or inspect.getdoc(plugin) or ""
     return " ".join(text.split("\n\n")[0].split())
 
 
