@@ -111,7 +111,8 @@ class AnswerTrainer(SFTTrainer):
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
-        return math.ceil(math.ceil(batches / self.args.gradient_accumulation_steps) * float(self.args.num_train_epochs))
+        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return math.ceil(per_epoch * float(self.args.num_train_epochs))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBatches:
         return LengthBatches(self._lengths, self.args.train_batch_size, self.args.seed)
