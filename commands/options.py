@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from xpert.config import Config, field_type, read_yaml
 from xpert.errors import BadInput, unknown
 from xpert.progress import SILENT, Progress, StreamProgress

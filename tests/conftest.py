@@ -17,7 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from click.testing import CliRunner, Result
-
 from xpert.records import Message, Row
 
 CHAT_TEMPLATE = (
@@ -161,7 +160,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a peft LoRA folder on `tiny_base` with random, non-zero A and B: `make_adapter(seed=1, r=4, **LoraConfig)`."""
+    """Makes a LoRA folder on `tiny_base`, A and B random and not zero: `make_adapter(seed=1, r=4, **LoraConfig)`."""
 
     def make(*, seed: int = 0, scale: float = 0.3, **settings: Any) -> Path:
         import torch

@@ -1,0 +1,238 @@
+"""Scores of models, experts and mixtures on a suite: side by side, per skill, with intervals.
+
+All subjects share one base model and one engine. An answer under greedy decoding depends on the item and its
+weighted experts alone, so each such pair is generated once however many subjects ask for it: a routed mixture, an
+oracle and a random router cost little once every expert has answered.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xpert.config import Config, option
+from xpert.errors import BadInput
+from xpert.experts.metrics import check_metric, normalise, score
+from xpert.progress import SILENT, Progress
+from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
+from xpert.records import SuiteItem
+from xpert.registry.card import Interval
+
+__all__ = ["EvalOptions", "Evaluation", "ItemResult", "Subject", "bootstrap", "evaluate", "usable_items"]
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class EvalOptions(Config):
+    """How a suite is run."""
+
+    max_tokens: int = option(64, "longest answer, in tokens", minimum=1)
+    max_batch: int = option(16, "answers generated at once", minimum=1)
+    skip_metric: tuple[str, ...] = option((), "leave out items scored by these metrics")
+    limit: int | None = option(None, "at most this many items per skill, the first ones", minimum=1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that answers: `assign` gives the weighted experts of each item (none: the base model alone)."""
+
+    name: str
+    assign: Callable[[Sequence[SuiteItem]], Sequence[WeightedExperts]]
+
+    @classmethod
+    def fixed(cls, name: str, experts: WeightedExperts) -> Subject:
+        """The same experts for every item."""
+        return cls(name, lambda items: [experts] * len(items))
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """One subject's result on one item. `choice`: is the likeliest choice right? None where there are no choices."""
+
+    id: str
+    skill: str
+    output: str
+    score: float
+    choice: bool | None
+    experts: WeightedExperts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All subjects on all items; items in suite order."""
+
+    items: Sequence[SuiteItem]
+    results: Mapping[str, Sequence[ItemResult]]
+    seed: int = 0
+    generated: int = 0
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def skills(self) -> list[str]:
+        return sorted({item.skill for item in self.items})
+
+    def metric(self, skill: str) -> str:
+        """The metric of a skill's items; several are joined by `+`."""
+        return "+".join(sorted({item.metric for item in self.items if item.skill == skill}))
+
+    def interval(self, subject: str, skill: str | None = None) -> Interval:
+        """Mean score over a skill's items, or over all."""
+        return bootstrap([r.score for r in self._of(subject, skill)], self._seed(skill))
+
+    def choice_interval(self, subject: str, skill: str | None = None) -> Interval | None:
+        """Accuracy by likelihood over choices; None where no item has choices."""
+        right = [float(r.choice) for r in self._of(subject, skill) if r.choice is not None]
+        return bootstrap(right, self._seed(skill)) if right else None
+
+    def mean_over_skills(self, subject: str) -> float:
+        """Each skill counts the same, however many items it has."""
+        return float(np.mean([self.interval(subject, skill).score for skill in self.skills]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scores per subject and skill, for JSON."""
+        return {
+            subject: {
+                "overall": vars(self.interval(subject)),
+                "mean_over_skills": self.mean_over_skills(subject),
+                "skills": {
+                    skill: {
+                        "metric": self.metric(skill),
+                        **vars(self.interval(subject, skill)),
+                        "choice": vars(choice) if (choice := self.choice_interval(subject, skill)) else None,
+                    }
+                    for skill in self.skills
+                },
+            }
+            for subject in self.results
+        }
+
+    def _of(self, subject: str, skill: str | None) -> list[ItemResult]:
+        return [r for r in self.results[subject] if skill is None or r.skill == skill]
+
+    def _seed(self, skill: str | None) -> int:
+        # The same resamples for every subject, so that their intervals differ by their scores alone.
+        return self.seed + zlib.crc32((skill or "").encode())
+
+
+def usable_items(items: Sequence[SuiteItem], options: EvalOptions) -> list[SuiteItem]:
+    """The items that will be run, after --skip-metric and --limit. Raises where a metric cannot run or none is left."""
+    kept: list[SuiteItem] = []
+    per_skill: dict[str, int] = {}
+    for item in items:
+        if item.metric in options.skip_metric:
+            continue
+        check_metric(item.metric)
+        per_skill[item.skill] = per_skill.get(item.skill, 0) + 1
+        if options.limit is None or per_skill[item.skill] <= options.limit:
+            kept.append(item)
+    if not kept:
+        raise BadInput("the suite has no item left to run", hint="check --skip-metric")
+    return kept
+
+
+def evaluate(
+    engine: Engine,
+    encode: Callable[[SuiteItem], tuple[int, ...]],
+    encode_answer: Callable[[str], tuple[int, ...]],
+    items: Sequence[SuiteItem],
+    subjects: Sequence[Subject],
+    options: EvalOptions | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Answers every item by every subject, greedily, and scores the answers.
+
+    `encode` gives an item's prompt as token ids, `encode_answer` an answer's with the end of turn. Cost: one
+    generation and one likelihood per choice for each distinct (item, experts).
+    """
+    options = options or EvalOptions()
+    assigned = {subject.name: list(subject.assign(items)) for subject in subjects}
+    wanted = list(dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows)))
+    prompts = [encode(item) for item in items]
+    outputs = _generate(engine, prompts, wanted, options, progress)
+    choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
+    results = {
+        name: [
+            ItemResult(
+                id=item.row.id,
+                skill=item.skill,
+                output=outputs[index, experts],
+                score=score(item.metric, outputs[index, experts], item.answers),
+                choice=_is_right(item, choices.get((index, experts))),
+                experts=experts,
+            )
+            for index, (item, experts) in enumerate(zip(items, rows, strict=True))
+        ]
+        for name, rows in assigned.items()
+    }
+    return Evaluation(items, results, seed=seed, generated=len(wanted))
+
+
+_Pair = tuple[int, WeightedExperts]
+
+
+def _generate(
+    engine: Engine,
+    prompts: Sequence[tuple[int, ...]],
+    wanted: Sequence[_Pair],
+    options: EvalOptions,
+    progress: Progress,
+) -> dict[_Pair, str]:
+    sampling = Sampling(max_tokens=options.max_tokens)
+    requests = [EngineRequest(str(n), prompts[index], experts, sampling) for n, (index, experts) in enumerate(wanted)]
+    texts: dict[_Pair, list[str]] = {pair: [] for pair in wanted}
+    with progress.task("answering", len(requests)) as task:
+        for piece in engine.generate(requests):
+            texts[wanted[int(piece.request_id)]].append(piece.text)
+            if piece.finished:
+                task.advance()
+    return {pair: "".join(parts) for pair, parts in texts.items()}
+
+
+def _likeliest(
+    engine: Engine,
+    encode_answer: Callable[[str], tuple[int, ...]],
+    prompts: Sequence[tuple[int, ...]],
+    items: Sequence[SuiteItem],
+    wanted: Sequence[_Pair],
+    progress: Progress,
+) -> dict[_Pair, int]:
+    """Index of the likeliest choice: the greatest summed log-probability of the choice and its end of turn."""
+    asked = [(pair, choice) for pair in wanted for choice in items[pair[0]].choices or ()]
+    if not asked:
+        return {}
+    requests = [EngineRequest(str(n), prompts[pair[0]], pair[1]) for n, (pair, _) in enumerate(asked)]
+    answers = [encode_answer(choice) for _, choice in asked]
+    sums: dict[_Pair, list[float]] = {}
+    step = 256
+    with progress.task("weighing choices", len(requests)) as task:
+        for start in range(0, len(requests), step):
+            part = slice(start, start + step)
+            found = engine.continuation_logprobs(requests[part], answers[part])
+            for (pair, _), logprobs in zip(asked[part], found, strict=True):
+                sums.setdefault(pair, []).append(float(np.sum(logprobs)))
+            task.advance(len(found))
+    return {pair: int(np.argmax(values)) for pair, values in sums.items()}
+
+
+def _is_right(item: SuiteItem, choice: int | None) -> bool | None:
+    if choice is None or item.choices is None:
+        return None
+    return normalise(item.choices[choice]) in {normalise(answer) for answer in item.answers}
+
+
+def bootstrap(scores: Sequence[float], seed: int = 0) -> Interval:
+    """Mean with its 95 % percentile bootstrap interval over items (Efron 1979), 2,000 resamples."""
+    values: NDArray[np.float64] = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("no scores")
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, values.size, size=(BOOTSTRAP_SAMPLES, values.size))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    return Interval(score=float(values.mean()), low=float(low), high=float(high), n=int(values.size))

@@ -1,0 +1,203 @@
+"""Writing a trained expert: the adapter plain peft loads, its card, exemplars, model card, log and report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xpert.experts.train_options import TrainOptions
+from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
+from xpert.language_model import LanguageModel
+from xpert.records import Row
+from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.report.page import line_chart, write_page
+from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
+
+__all__ = ["EXEMPLARS", "Trained", "write_expert"]
+
+EXEMPLARS = 64
+LOG_FILE = "training.jsonl"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training run: the peft model and all that its card tells. `log` are training.jsonl's records."""
+
+    model: Any
+    lm: LanguageModel
+    data: TrainingRows
+    encoded: Encoded
+    options: TrainOptions
+    seed: int
+    key: str
+    log: Sequence[Mapping[str, Any]]
+    validation_rows: int
+
+    @property
+    def learned(self) -> list[Row]:
+        """The rows that were trained on, shots first."""
+        return [self.data.rows[index] for index in self.encoded.kept]
+
+    def figures(self) -> dict[str, Any]:
+        """What training took and where it arrived. Tokens are counted without padding, over all epochs."""
+        steps = [record for record in self.log if "loss" in record]
+        validation = [record["validation_loss"] for record in self.log if "validation_loss" in record]
+        last = steps[-1]
+        tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :]]
+        found = {
+            "rows": len(self.encoded.kept),
+            "shots": sum(index < self.data.shots for index in self.encoded.kept),
+            "rows_cut": self.encoded.cut,
+            "rows_dropped": self.encoded.dropped,
+            "held_out_shots": self.validation_rows,
+            "steps": last["step"],
+            "tokens": last["tokens"],
+            "supervised_tokens": last["supervised_tokens"],
+            "seconds": last["seconds"],
+            "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
+            "first_loss": steps[0]["loss"],
+            "final_loss": sum(tail) / len(tail),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        if validation:
+            found |= {"validation_loss_before": validation[0], "validation_loss": validation[-1]}
+        return found
+
+
+def write_expert(out: Path, trained: Trained) -> None:
+    """Writes the expert folder, whole or not at all."""
+    with draft_folder(out) as draft:
+        trained.model.save_pretrained(draft, safe_serialization=True, save_embedding_layers=False)
+        adapter = _settle_adapter_config(draft / "adapter_config.json", trained.lm)
+        write_file(draft / LOG_FILE, "".join(json.dumps(record) + "\n" for record in trained.log))
+        write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
+        card = _card(out.name, trained, adapter)
+        write_file(draft / "README.md", _readme(card))
+        _report(draft / "report.html", card, trained)
+        files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
+        ExpertCard(**{**vars(card), "files": files}).write(draft)
+
+
+def _settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
+    """Names the base as plain peft can load it: the hub name, or the folder with its weights; fixes peft's order of
+    set-valued entries, which changes from run to run."""
+    config: dict[str, Any] = read_json(path)
+    name, _, revision = lm.ref.partition("@")
+    from_hub = not Path(lm.ref).expanduser().exists()
+    config["base_model_name_or_path"] = name if from_hub else str(lm.folder.resolve())
+    config["revision"] = (revision or None) if from_hub else None
+    for key, value in config.items():
+        if isinstance(value, list):
+            config[key] = sorted(value, key=str)
+    write_json(path, config)
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+    return {
+        "type": config["peft_type"],
+        "target_modules": config["target_modules"],
+        **{new: config[old] for old, new in names.items()},
+    }
+
+
+def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard:
+    lm, data = trained.lm, trained.data
+    skills = skills_of(data)
+    figures = trained.figures()
+    about = f" for {', '.join(skills[:5])}" if skills else ""
+    return ExpertCard(
+        base=BaseModel(lm.ref, lm.fingerprint, lm.architecture),
+        adapter=adapter,
+        name=name,
+        description=f"LoRA expert{about}, trained on {figures['rows']:,} rows.",
+        skills=skills,
+        selection={"fingerprint": data.fingerprint, **data.selection},
+        training={
+            "key": trained.key,
+            "options": trained.options.to_dict(),
+            "seed": trained.seed,
+            "device": lm.device.type,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "figures": figures,
+            "versions": package_versions(),
+        },
+        licences=licences_of(trained.learned),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
+    """Prompts the expert was trained for, shots first; held-out shots are what it is meant for as well."""
+    shots = [*(row for row in rows if row in data.rows[: data.shots]), *data.validation]
+    others = [row for row in rows if row not in data.rows[: data.shots]]
+    lines = []
+    for kind, group in (("shot", shots), ("row", others)):
+        chosen = group[: EXEMPLARS - len(lines)]
+        lines += [{"prompt": row.prompt, "skill": row.skill, "kind": kind} for row in chosen]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _readme(card: ExpertCard) -> str:
+    """A model card as the Hugging Face Hub reads it."""
+    import yaml
+
+    figures = card.training["figures"]
+    on_hub = not Path(card.base.ref).expanduser().exists()
+    head: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "peft", "xpert"],
+    }
+    if on_hub:  # a path means nothing to the Hub
+        head["base_model"] = card.base.ref.partition("@")[0]
+        head["tags"].insert(0, f"base_model:adapter:{head['base_model']}")
+    base = card.base.ref if on_hub else Path(card.base.ref).name
+    licences = ", ".join(f"{name} ({count:,})" for name, count in card.licences.items())
+    rows = [
+        ("base model", f"{base} (`{card.base.fingerprint[:12]}`)"),
+        ("skills", ", ".join(card.skills) or "not stated"),
+        ("rows", f"{figures['rows']:,}, of them {figures['shots']} shots"),
+        ("licences of the rows", licences),
+        ("steps, tokens", f"{figures['steps']:,}, {figures['tokens']:,} ({figures['supervised_tokens']:,} of answers)"),
+        ("adapter", f"rank {card.adapter['rank']}, alpha {card.adapter['alpha']}"),
+        ("loss", f"{figures['first_loss']:.3f} at first, {figures['final_loss']:.3f} at last"),
+    ]
+    if "validation_loss" in figures:
+        rows.append(
+            (
+                "loss on held-out shots",
+                f"{figures['validation_loss_before']:.3f} before, {figures['validation_loss']:.3f} after",
+            )
+        )
+    table = "\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in rows)
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n# {card.name}\n\n"
+        f"{card.description}\n\n| | |\n|---|---|\n{table}\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")\n```\n\n'
+        "`expert.json` says how it came to be; `report.html` shows the course of its training.\n"
+    )
+
+
+def _report(path: Path, card: ExpertCard, trained: Trained) -> None:
+    steps = [record for record in trained.log if "loss" in record]
+    checks = [record for record in trained.log if "validation_loss" in record]
+    losses = [("training", "var(--chosen)", [r["step"] for r in steps], [r["loss"] for r in steps])]
+    losses.append(
+        ("held-out shots", "var(--shot)", [r["step"] for r in checks], [r["validation_loss"] for r in checks])
+    )
+    rates = [("learning rate", "var(--chosen)", [r["step"] for r in steps], [r["learning_rate"] for r in steps])]
+    write_page(
+        path,
+        "training.html.jinja",
+        title=card.name,
+        lead=f"{card.description} Base: {Path(card.base.ref).name}.",
+        figures=card.training["figures"],
+        loss_chart=line_chart(losses, unit="loss per answer token, by step"),
+        rate_chart=line_chart(rates, unit="learning rate, by step"),
+        options=card.training["options"],
+        card=card,
+    )

@@ -1,0 +1,144 @@
+"""How a prediction is compared with the answers that count as right: each metric gives a score in [0, 1].
+
+Several answers: the best one counts. Texts are compared after `normalise`, unless the metric says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from xpert.errors import Unavailable, unknown
+
+__all__ = ["METRICS", "check_metric", "normalise", "score"]
+
+_EDGES = string.punctuation + "“”‘’«»…–—·" + string.whitespace
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_SEPARATOR = re.compile(r"[,;\n]|\band\b", re.IGNORECASE)
+# "B", "(B)", "B.", "B) text", "Answer: B", "the answer is B", "option B"
+_LETTER_FIRST = re.compile(r"^\W*([A-Za-z])(?:\W|$)")
+_LETTER_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\W*([A-Z])\b", re.IGNORECASE)
+
+
+def normalise(text: str) -> str:
+    """NFKC, lower case by casefold, white space folded, punctuation at both ends removed."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.strip(_EDGES)
+
+
+def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
+    """The prediction's score against the best of `answers`. Raises NotFound for an unknown metric."""
+    check_metric(metric)
+    return max(METRICS[metric](prediction, answer) for answer in answers)
+
+
+def check_metric(metric: str) -> None:
+    """Raises NotFound for a metric that does not exist, Unavailable for one that cannot run here."""
+    if metric == "exec":
+        raise Unavailable(
+            "metric 'exec' runs generated code and needs a sandbox, which xpert does not have",
+            hint="leave these items out with --skip-metric exec",
+        )
+    if metric not in METRICS:
+        raise unknown("metric", metric, [*METRICS, "exec"])
+
+
+def _exact(prediction: str, answer: str) -> float:
+    """1 where both are the same text after normalisation."""
+    return float(normalise(prediction) == normalise(answer))
+
+
+def _choice(prediction: str, answer: str) -> float:
+    """1 where the option named first is the answer. The answer is an option's letter, or its text."""
+    if len(answer.strip()) != 1 or not answer.strip().isalpha():
+        return _exact(prediction, answer)
+    named = _LETTER_NAMED.search(prediction) or _LETTER_FIRST.match(prediction.strip())
+    return float(named is not None and named[1].upper() == answer.strip().upper())
+
+
+def _number(prediction: str, answer: str) -> float:
+    """1 where the last number of the prediction equals the answer's last number (relative tolerance 1e-6)."""
+    found, wanted = _last_number(prediction), _last_number(answer)
+    if wanted is None or found is None:
+        return 0.0
+    return float(abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted)))
+
+
+def _last_number(text: str) -> float | None:
+    numbers = _NUMBER.findall(unicodedata.normalize("NFKC", text))
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _tokens(text: str) -> list[str]:
+    # SQuAD's normalisation (Rajpurkar et al. 2016): no punctuation, no English articles.
+    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).split()
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+def _f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of precision and recall over words, as in SQuAD."""
+    found, wanted = Counter(_tokens(prediction)), Counter(_tokens(answer))
+    if not found or not wanted:
+        return float(found == wanted)
+    common = sum((found & wanted).values())
+    return 2 * common / (sum(found.values()) + sum(wanted.values()))
+
+
+def _set(prediction: str, answer: str) -> float:
+    """F1 over the items of two lists, separated by commas, semicolons, line breaks or `and`; order does not count."""
+    found, wanted = _items(prediction), _items(answer)
+    if not found or not wanted:
+        return float(found == wanted)
+    return 2 * len(found & wanted) / (len(found) + len(wanted))
+
+
+def _items(text: str) -> set[str]:
+    return {item for part in _SEPARATOR.split(text) if (item := normalise(part))}
+
+
+def _contains(prediction: str, answer: str) -> float:
+    """1 where the answer stands in the prediction as whole words."""
+    wanted = normalise(answer)
+    pattern = rf"(?<!\w){re.escape(wanted)}(?!\w)"
+    return float(bool(wanted) and re.search(pattern, normalise(prediction)) is not None)
+
+
+def _chrf(prediction: str, answer: str) -> float:
+    """chrF2 of the sentence (Popović 2015), by sacrebleu."""
+    return float(_chrf_scorer().sentence_score(prediction, [answer]).score) / 100
+
+
+def _rouge_l(prediction: str, answer: str) -> float:
+    """ROUGE-L F-measure with stemming (Lin 2004), by rouge-score."""
+    return float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _chrf_scorer() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact": _exact,
+    "choice": _choice,
+    "number": _number,
+    "f1": _f1,
+    "set": _set,
+    "contains": _contains,
+    "chrf": _chrf,
+    "rougeL": _rouge_l,
+}

@@ -1,0 +1,175 @@
+"""Similarity to the shots first, then diversity among the rows kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from xpert.budgeting import BudgetMeter
+from xpert.config import Config, option
+from xpert.protocols import Selection
+from xpert.records import Budget, Shots
+from xpert.selectors._anchors import describe_shot, needs_shots, similarities
+
+if TYPE_CHECKING:
+    from xpert.features import Features
+
+__all__ = ["PLUGIN"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class KShotOptions(Config):
+    tau: float = option(
+        0.9,
+        "a row whose cosine with an earlier kept row is greater repeats it and is passed over",
+        minimum=-1,
+        maximum=1,
+    )
+    order: str = option(
+        "nearest",
+        "nearest: by the greatest cosine with any shot; turns: the shots choose their nearest rows in turn; "
+        "mean: by the cosine with the shots' mean",
+        choices=("nearest", "turns", "mean"),
+    )
+    refill: bool = option(
+        True, "walk on past repeats until the budget is spent; off: take the budget, then drop its repeats"
+    )
+    block: int = option(512, "rows compared at once; the choice does not depend on it", minimum=1)
+
+
+class KShot:
+    """Rows most like the shots first, near-repeats of better rows passed over, refilled to the budget.
+
+    embeddings [n, d], shots [K, d], unit rows -> rows in the order taken. Score: the greatest cosine with any shot
+    (order `mean`: the cosine with the shots' mean). Rows that repeat an earlier one come back, best first, only where
+    the pool has nothing else for the budget. Order `mean` is the form of the paper's released code.
+    """
+
+    Options: ClassVar[type[Config]] = KShotOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"shots", "embeddings"})
+    cost: ClassVar[str] = "time O(n K d + m b d), memory O(n K + b d); m rows walked for b taken"
+    source: ClassVar[str] = "Leveraging Open Knowledge for Advancing Task Expertise in LLMs, arXiv:2408.15915, alg. 2"
+
+    def __init__(self, options: KShotOptions) -> None:
+        self.options = options
+
+    def select(self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator) -> Selection:
+        shots = needs_shots("kshot", shots)
+        embeddings = features.embeddings()
+        meter = BudgetMeter.of(budget, len(embeddings), features.lengths() if budget.in_tokens else None)
+        cosines = similarities(embeddings, features.shot_embeddings())
+        scores, order = self._rank(embeddings, features.shot_embeddings(), cosines)
+        walk = _Walk(embeddings, self.options.tau, self.options.block)
+        if not self.options.refill:
+            order = np.array(meter.walk(order.tolist()), dtype=np.int64)
+            meter = BudgetMeter(meter.limit, meter.costs)
+        walk.run(order, meter)
+        if self.options.refill:
+            walk.bring_back(meter)
+        rows = np.array(walk.kept, dtype=np.int64)
+        describe = describe_shot(shots)
+        nearest = cosines.argmax(axis=1)
+        reasons = [describe(int(nearest[row]), float(cosines[row, nearest[row]])) for row in walk.kept]
+        for position in range(walk.first_back, len(reasons)):
+            reasons[position] += f"; repeats the row of rank {walk.repeats[walk.kept[position]] + 1}, nothing else fits"
+        return Selection(rows, scores[rows], reasons, _log(walk, nearest, len(shots)), scores)
+
+    def _rank(self, embeddings: Floats, anchors: Floats, cosines: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """Scores [n], and all rows in the order they are offered."""
+        if self.options.order == "mean":
+            mean = anchors.mean(axis=0, keepdims=True)
+            length = float(np.linalg.norm(mean))
+            scores = similarities(embeddings, mean / length if length else mean)[:, 0]
+        else:
+            scores = cosines.max(axis=1)
+        if self.options.order == "turns":
+            return scores, np.fromiter(_turns(cosines), dtype=np.int64, count=len(cosines))
+        return scores, np.argsort(-scores, kind="stable")
+
+
+def _turns(cosines: Floats) -> Iterator[int]:
+    """Every row once: the shots take turns, each taking its nearest row that is still there."""
+    lists = np.argsort(-cosines, axis=0, kind="stable")
+    taken = np.zeros(len(cosines), dtype=bool)
+    heads = [0] * cosines.shape[1]
+    while True:
+        for shot, head in enumerate(heads):
+            while head < len(lists) and taken[lists[head, shot]]:
+                head += 1
+            if head == len(lists):
+                return
+            row = int(lists[head, shot])
+            taken[row] = True
+            heads[shot] = head + 1
+            yield row
+
+
+class _Walk:
+    """Takes rows in order, passing over those too like a kept one: one matrix product per block of rows.
+
+    Time O(m b d) for m rows walked and b kept; memory O(b d + block * b).
+    """
+
+    def __init__(self, embeddings: Floats, tau: float, block: int) -> None:
+        self.embeddings, self.tau, self.block = embeddings, tau, block
+        self.kept: list[int] = []
+        self.repeats: dict[int, int] = {}  # passed-over row -> position of the kept row it repeats
+        self.first_back = 0
+        self._store = np.empty((0, embeddings.shape[1]), dtype=np.float32)
+
+    def run(self, order: NDArray[np.int64], meter: BudgetMeter) -> None:
+        for start in range(0, len(order), self.block):
+            if meter.full:
+                break
+            self._block(order[start : start + self.block], meter)
+        self.first_back = len(self.kept)
+
+    def _block(self, rows: NDArray[np.int64], meter: BudgetMeter) -> None:
+        vectors = self.embeddings[rows]
+        before = len(self.kept)
+        nearest = np.full(len(rows), -np.inf, dtype=np.float32)
+        which = np.zeros(len(rows), dtype=np.int64)
+        if before:
+            cosines = np.round(vectors @ self._store[:before].T, 6)
+            which = cosines.argmax(axis=1)
+            nearest = cosines[np.arange(len(rows)), which]
+        within = np.round(vectors @ vectors.T, 6)
+        for position, row in enumerate(rows.tolist()):
+            if meter.full:
+                return
+            if nearest[position] > self.tau:
+                self.repeats[row] = int(which[position])
+            elif meter.take(row):
+                self._keep(row)
+                nearer = within[position] > nearest
+                nearest[nearer] = within[position, nearer]
+                which[nearer] = len(self.kept) - 1
+
+    def _keep(self, row: int) -> None:
+        if len(self.kept) == len(self._store):
+            grown = np.empty((max(64, 2 * len(self._store)), self.embeddings.shape[1]), dtype=np.float32)
+            grown[: len(self.kept)] = self._store[: len(self.kept)]
+            self._store = grown
+        self._store[len(self.kept)] = self.embeddings[row]
+        self.kept.append(row)
+
+    def bring_back(self, meter: BudgetMeter) -> None:
+        """Repeats return, best first, for what is left of the budget."""
+        self.kept += meter.walk(self.repeats)
+
+
+def _log(walk: _Walk, nearest: NDArray[np.int64], shots: int) -> Sequence[dict[str, Any]]:
+    taken = np.bincount(nearest[np.array(walk.kept, dtype=np.int64)], minlength=shots)
+    steps: list[dict[str, Any]] = [{"step": "shot", "shot": i + 1, "nearest of": int(n)} for i, n in enumerate(taken)]
+    steps.append(
+        {"step": "repeats", "passed over": len(walk.repeats), "brought back": len(walk.kept) - walk.first_back}
+    )
+    return steps
+
+
+PLUGIN = KShot

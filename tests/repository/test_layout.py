@@ -1,0 +1,121 @@
+"""The layout is the architecture: who may import whom, which names are forbidden, what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    "toolkit": "xpert",
+    "commands": "xpert.commands",
+    "selectors": "xpert.selectors",
+    "experts": "xpert.experts",
+    "registry": "xpert.registry",
+}
+# folder -> the other parts of xpert it may import
+MAY_IMPORT = {
+    "toolkit": set(),
+    "selectors": {"toolkit"},
+    "registry": {"toolkit"},
+    "experts": {"toolkit", "registry"},
+    "commands": {"toolkit", "selectors", "registry", "experts"},
+}
+HEAVY = ("torch", "transformers", "trl", "peft", "sklearn", "datasets", "faiss", "scipy", "pandas", "fastapi")
+
+
+def modules(folder: str) -> Iterator[Path]:
+    yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            yield module
+            if module == "xpert":
+                yield from (f"xpert.{alias.name}" for alias in node.names)
+
+
+def part_of(module: str) -> str | None:
+    """The top-level folder an imported name lives in; None outside xpert."""
+    if module.split(".")[0] != "xpert":
+        return None
+    second = module.split(".")[1] if "." in module else ""
+    return second if second in MAY_IMPORT and second != "toolkit" else "toolkit"
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_dependencies_point_one_way(folder: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(folder)
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if part_of(name) not in {None, folder} | MAY_IMPORT[folder]
+        and not (folder == "toolkit" and path.name == "__main__.py")
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_heavy_packages_are_imported_inside_functions(folder: str) -> None:
+    wrong = []
+    for path in modules(folder):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name.split(".")[0] for node in top for name in imported(node)}
+        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in names & set(HEAVY)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_no_file_bears_the_name_of_a_standard_module(folder: str) -> None:
+    assert not [p for p in modules(folder) if p.stem in sys.stdlib_module_names]
+
+
+def test_no_drawers() -> None:
+    names = ("utils", "helpers", "common", "misc", "manager", "handler")
+    assert not [p for folder in PACKAGES for p in modules(folder) if p.stem in names]
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for folder, package in PACKAGES.items():
+        for path in modules(folder):
+            inner = path.parent.relative_to(ROOT / folder).parts
+            name = ".".join((package, *inner))
+            assert f'"{name}"' in text, f"{name} is missing from [tool.setuptools] packages"
+
+
+def test_selectors_never_shadows_the_standard_library() -> None:
+    assert not (ROOT / "selectors" / "__init__.py").exists()
+    code = "import asyncio, subprocess, selectors; selectors.DefaultSelector"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "pip", "--version"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("module", ["xpert", "xpert.commands.main", "xpert.registry.card", "xpert.protocols"])
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted(m for m in {HEAVY!r} if m in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert loaded == []
+
+
+def test_help_imports_no_command() -> None:
+    code = (
+        "import sys; from xpert.commands.main import cli\n"
+        "try: cli(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted(m for m in sys.modules if m.startswith('xpert.')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Commands:" in done.stdout
+    assert set(done.stderr.split()) == {"xpert.commands", "xpert.commands.main", "xpert.errors"}

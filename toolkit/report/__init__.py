@@ -1,0 +1,1 @@
+"""Self-contained HTML reports: one file each, no network, readable without scripts but for the map."""
