@@ -96,8 +96,8 @@ def sides(rows: Sequence[tuple[str, str]], boilerplate: Boilerplate) -> list[Sid
 class NearDuplicates:
     """Collects signatures batch by batch (`add`), then finds the rows to drop (`find`).
 
-    Memory: 8 bytes a band and row (64 bytes a row at the default threshold). Time: about 6 microseconds a row of 60
-    words to sign, 50 a proposed pair to check.
+    Memory: 8 bytes a band and row (64 bytes a row at the default threshold). Time: linear in words and in
+    proposed pairs, of which there are at most five a band and row.
     """
 
     def __init__(self, threshold: float, boilerplate: Boilerplate) -> None:
