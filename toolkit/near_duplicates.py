@@ -96,7 +96,7 @@ def sides(rows: Sequence[tuple[str, str]], boilerplate: Boilerplate) -> list[Sid
 class NearDuplicates:
     """Collects signatures batch by batch (`add`), then finds the rows to drop (`find`).
 
-    Memory: 8 bytes a band and row (64 bytes a row at the default threshold). Time: linear in words and in
+    Memory: 8 bytes a band and row (48 bytes a row at the default threshold). Time: linear in words and in
     proposed pairs, of which there are at most five a band and row.
     """
 
