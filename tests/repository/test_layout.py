@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "experts": {"toolkit", "registry"},
     "commands": {"toolkit", "selectors", "registry", "experts"},
 }
-HEAVY = ("torch", "transformers", "trl", "peft", "sklearn", "datasets", "faiss", "scipy", "pandas", "fastapi")
+HEAVY = ("torch", "transformers", "trl", "peft", "sklearn", "datasets", "faiss", "scipy", "fastapi")
 
 
 def modules(folder: str) -> Iterator[Path]:
