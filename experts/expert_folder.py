@@ -76,7 +76,7 @@ def write_expert(out: Path, trained: Trained) -> None:
         write_file(draft / LOG_FILE, "".join(json.dumps(record) + "\n" for record in trained.log))
         write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
         card = _card(out.name, trained, adapter)
-        write_file(draft / "README.md", _readme(card))
+        write_file(draft / "README.md", _readme(card, on_hub=trained.lm.on_hub))
         _report(draft / "report.html", card, trained)
         files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
         ExpertCard(**{**vars(card), "files": files}).write(draft)
@@ -87,7 +87,7 @@ def _settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
     set-valued entries, which changes from run to run."""
     config: dict[str, Any] = read_json(path)
     name, _, revision = lm.ref.partition("@")
-    from_hub = not Path(lm.ref).expanduser().exists()
+    from_hub = lm.on_hub
     config["base_model_name_or_path"] = name if from_hub else str(lm.folder.resolve())
     config["revision"] = (revision or None) if from_hub else None
     for key, value in config.items():
@@ -139,12 +139,11 @@ def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _readme(card: ExpertCard) -> str:
+def _readme(card: ExpertCard, *, on_hub: bool) -> str:
     """A model card as the Hugging Face Hub reads it."""
     import yaml
 
     figures = card.training["figures"]
-    on_hub = not Path(card.base.ref).expanduser().exists()
     head: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
