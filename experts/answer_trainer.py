@@ -112,7 +112,8 @@ class AnswerTrainer(SFTTrainer):
             return int(self.args.max_steps)
         batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
         per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        return math.ceil(per_epoch * float(self.args.num_train_epochs))
+        steps: int = math.ceil(per_epoch * self.args.num_train_epochs)
+        return steps
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBatches:
         return LengthBatches(self._lengths, self.args.train_batch_size, self.args.seed)

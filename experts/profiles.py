@@ -45,7 +45,7 @@ def profile_expert(
         subjects = [Subject.fixed(BASE, ()), Subject.fixed(EXPERT, ((EXPERT, 1.0),))]
         found = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
     profile = as_profile(found, EXPERT, BASE, suite=suite, suite_fingerprint=suite_fingerprint)
-    write_profile(folder, profile)
+    write_profile(folder, profile, on_hub=lm.on_hub)
     write_score_report(
         folder / REPORT_FILE, found, title=f"Skills of {card.name or folder.name}", lead=f"on the suite {suite}"
     )
@@ -70,11 +70,11 @@ def as_profile(found: Evaluation, expert: str, base: str, *, suite: str, suite_f
     )
 
 
-def write_profile(folder: Path, profile: SkillProfile) -> None:
+def write_profile(folder: Path, profile: SkillProfile, *, on_hub: bool) -> None:
     """Puts the profile into the card, and the model card that is made of it."""
     card = dataclasses.replace(ExpertCard.read(folder), profile=profile)
     card.write(folder)
-    write_file(folder / "README.md", model_card(card))
+    write_file(folder / "README.md", model_card(card, on_hub=on_hub))
 
 
 def write_score_report(path: Path, found: Evaluation, *, title: str, lead: str) -> None:
