@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.protocols import EngineRequest, Sampling
 
-ROWS, PROMPT, NEW, RANK, VOCABULARY = 64, 64, 32, 8, 8192
+ROWS, PROMPT, NEW, RANK, VOCABULARY = int(os.environ.get("ROWS", 64)), 64, 32, 8, 8192
 DEVICE = torch.device(os.environ.get("DEV", "cpu"))
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
