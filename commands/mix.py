@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from xpert.commands.options import Session, common_options, pairs
 from xpert.errors import BadInput
 
@@ -51,7 +50,7 @@ def command(
     """Assemble a mixture: experts of one base model behind a router.
 
     Takes the experts named, or all of the registry that belong to the base. With --shots an expert is kept if it
-    answers the shots better than the base model, or finds their answers likelier; the output says why each is in or out.
+    answers the shots better than the base model, or finds their answers likelier; the output says why.
     """
     from xpert.data import read_shots
     from xpert.experts.mixing import mix

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from dataclasses import replace
 
 import click
-
 from xpert.commands.options import Session, common_options
 from xpert.errors import BadInput, Unavailable
 
@@ -35,7 +35,6 @@ def command(
     """
     try:
         import uvicorn
-
         from xpert.experts.server.app import create_app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
@@ -58,10 +57,8 @@ def command(
         config = uvicorn.Config(
             create_app(runner), log_level="warning", timeout_graceful_shutdown=GRACE, access_log=False
         )
-        try:
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again once it has shut down
-            pass
         session.progress.say("stopped serving")
 
 

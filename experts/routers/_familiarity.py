@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-
 from xpert.protocols import Floats
 
 __all__ = ["Familiarity"]

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+import xpert
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-
-import xpert
 from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.mixture import BASE
 from xpert.experts.routing import explain
@@ -192,7 +191,11 @@ class _Service:
         """The pieces of one reply. Left before its end, the request gives up its place in the batch."""
         arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        self.loop.submit(job.request, lambda item: events.call_soon_threadsafe(arrived.put_nowait, item))
+
+        def hear(item: Piece | Exception) -> None:
+            events.call_soon_threadsafe(arrived.put_nowait, item)
+
+        self.loop.submit(job.request, hear)
         finished = False
         try:
             while not finished:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
 from xpert.registry.card import BaseModel
@@ -55,7 +54,7 @@ def test_registered_experts_and_mixtures(make_expert: Callable[..., Path], tmp_p
     assert load_mixture("me/both@1", registry).keys == ("me/casing", "me/city")
     assert load_mixture("me/both", registry).name == "me/both"
     assert load_mixture("me/city", registry).router == "fixed"
-    with pytest.raises(NotFound, match="(?i)did you mean 'me/casing"):
+    with pytest.raises(NotFound, match=r"(?i)did you mean 'me/casing"):
         load_mixture("me/casign", registry)
 
 
