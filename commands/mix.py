@@ -15,17 +15,27 @@ __all__ = ["command"]
 
 @click.command("mix")
 @click.option("--registry", "location", metavar="R", help="The registry. [default: $XPERT_REGISTRY or the user's]")
-@click.option("--shots", type=click.Path(path_type=Path), metavar="FILE", help="Keep the experts that do well on these.")
+@click.option(
+    "--shots", type=click.Path(path_type=Path), metavar="FILE", help="Keep the experts that do well on these."
+)
 @click.option(
     "--experts",
     metavar="A,B@2,...",
     help="OWNER/NAME[@VERSION] or expert folders. [default: all experts of the base, latest versions]",
 )
-@click.option("--max-experts", type=click.IntRange(1), default=8, show_default=True, help="With --shots: keep at most so many.")
+@click.option(
+    "--max-experts", type=click.IntRange(1), default=8, show_default=True, help="With --shots: keep at most so many."
+)
 @click.option("--base", metavar="MODEL", help="The base model; experts of others stay out, and named ones are refused.")
-@click.option("--router", default="centroid", show_default=True, metavar="NAME", help="See `xpert methods --kind router`.")
-@click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the router; may be repeated.")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="mixture.json")
+@click.option(
+    "--router", default="centroid", show_default=True, metavar="NAME", help="See `xpert methods --kind router`."
+)
+@click.option(
+    "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the router; may be repeated."
+)
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="mixture.json"
+)
 @common_options
 def command(
     session: Session,

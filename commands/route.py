@@ -14,8 +14,12 @@ __all__ = ["command"]
 
 @click.command("route")
 @click.argument("mixture", metavar="MIXTURE")
-@click.option("--prompts", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Rows; no answers needed.")
-@click.option("--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Rows; no answers needed."
+)
+@click.option(
+    "--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]"
+)
 @common_options
 def command(session: Session, mixture: str, prompts: Path, location: str | None) -> None:
     """Explain where a mixture sends each prompt: one JSON line per prompt, with candidates and the reason.

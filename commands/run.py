@@ -17,9 +17,15 @@ __all__ = ["command"]
 
 @click.command("run")
 @click.argument("mixture", metavar="MIXTURE")
-@click.option("--prompts", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Rows; no answers needed.")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON lines.")
-@click.option("--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Rows; no answers needed."
+)
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON lines."
+)
+@click.option(
+    "--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]"
+)
 @click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the mixture says.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")

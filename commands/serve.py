@@ -19,7 +19,9 @@ GRACE = 30  # seconds that running answers get after Ctrl-C
 @click.argument("mixture", metavar="MIXTURE")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]")
+@click.option(
+    "--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]"
+)
 @click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the mixture says.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
 @common_options

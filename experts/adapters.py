@@ -156,7 +156,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _pair(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str, dict[str, torch.Tensor]]:
     """Module name -> {"A": ..., "B": ...}; every tensor must find its place."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in weights.items():
+    # Embeddings first: peft saves them whole beside their LoRA, and the LoRA is what the user asked for.
+    for key, tensor in sorted(weights.items(), key=lambda item: "lora_embedding" not in item[0]):
         match = _KEY.fullmatch(key)
         if match is None:
             kind = "LoRA on an embedding" if "lora_embedding" in key else "a weight that is not plain LoRA"

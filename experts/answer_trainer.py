@@ -111,7 +111,9 @@ class AnswerTrainer(SFTTrainer):
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
-        return math.ceil(math.ceil(batches / self.args.gradient_accumulation_steps) * float(self.args.num_train_epochs))
+        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        steps: int = math.ceil(per_epoch * self.args.num_train_epochs)
+        return steps
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBatches:
         return LengthBatches(self._lengths, self.args.train_batch_size, self.args.seed)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.config import Config, option
-from xpert.errors import BadInput
 from xpert.experts.metrics import check_metric, normalise, score
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
@@ -120,18 +120,14 @@ class Evaluation:
 
 
 def usable_items(items: Sequence[SuiteItem], options: EvalOptions) -> list[SuiteItem]:
-    """The items that will be run, after --skip-metric and --limit. Raises where a metric cannot run or none is left."""
+    """The items that will be run, after --limit. Raises where a metric cannot run."""
     kept: list[SuiteItem] = []
     per_skill: dict[str, int] = {}
     for item in items:
-        if item.metric in options.skip_metric:
-            continue
         check_metric(item.metric)
         per_skill[item.skill] = per_skill.get(item.skill, 0) + 1
         if options.limit is None or per_skill[item.skill] <= options.limit:
             kept.append(item)
-    if not kept:
-        raise BadInput("the suite has no item left to run", hint="check --skip-metric")
     return kept
 
 

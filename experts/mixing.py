@@ -67,7 +67,9 @@ def _all_of_base(registry: Registry, base: BaseModel | None, progress: Progress)
     latest = [entry.latest for entry in registry.list() if entry.latest.kind == "expert"]
     if not latest:
         raise BadInput(
-            "the registry holds no experts", where=str(registry.folder), hint="publish one with `xpert registry publish`"
+            "the registry holds no experts",
+            where=str(registry.folder),
+            hint="publish one with `xpert registry publish`",
         )
     if base is None:
         return [open_expert(version.ref, registry) for version in latest]

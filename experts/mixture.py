@@ -304,7 +304,11 @@ def _registry(location: str | None) -> ExpertStore:
 def _no_such_mixture(path: Path) -> NotFound:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, beside)
-    hint = f"did you mean {str(path.parent / close)!r}?" if close else "give a mixture file, OWNER/NAME, or an expert folder"
+    hint = (
+        f"did you mean {str(path.parent / close)!r}?"
+        if close
+        else "give a mixture file, OWNER/NAME, or an expert folder"
+    )
     return NotFound("no such mixture or expert", where=str(path), hint=hint)
 
 

@@ -83,9 +83,12 @@ def recruit(
         ]
         taken = sum(one.chosen for one in found)
         if not better:
-            chosen, reason = False, (
-                f"no better than the base: accuracy {accuracy:.2f} against {base_accuracy:.2f}, "
-                f"perplexity {perplexity:.2f} against {base_perplexity:.2f}"
+            chosen, reason = (
+                False,
+                (
+                    f"no better than the base: accuracy {accuracy:.2f} against {base_accuracy:.2f}, "
+                    f"perplexity {perplexity:.2f} against {base_perplexity:.2f}"
+                ),
             )
         elif taken >= max_experts:
             chosen, reason = False, f"{max_experts} experts rank before it ({', '.join(better)})"

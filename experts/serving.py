@@ -55,7 +55,7 @@ class Reply:
 class MixtureRunner:
     """A mixture with its base model loaded once and all its experts in one engine.
 
-    `lm` needs `tokenizer` and `model`; `engine` is any `protocols.Engine` to which the experts were added.
+    `engine` holds the experts already; besides `protocols.Engine` it tells its `context` (tokens of prompt and reply).
     """
 
     def __init__(self, mixture: Mixture, lm: LanguageModel, engine: Any, router: MixtureRouter) -> None:
@@ -89,29 +89,30 @@ class MixtureRunner:
         return Route(experts, (), f"the request asked for {named}")
 
     def engine_request(
-        self, id: str, messages: Sequence[Message], experts: WeightedExperts, sampling: Sampling, *, tokenizer: Any = None
+        self,
+        id: str,
+        messages: Sequence[Message],
+        experts: WeightedExperts,
+        sampling: Sampling,
+        *,
+        tokenizer: Any = None,
+        where: str | None = None,
     ) -> EngineRequest:
         """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
 
-        Raises BadInput where the prompt alone fills the context.
+        Raises BadInput where the prompt alone fills the context; `where` is how the user knows it.
         """
         from xpert.language_model import encode_prompt
 
         ids = encode_prompt(tokenizer or self.lm.tokenizer, messages)
-        limit = self.context_length
-        if limit is not None:
-            room = limit - len(ids)
-            if room < 1:
-                raise BadInput(
-                    f"prompt {id!r} has {len(ids):,} tokens; the base model reads {limit:,}", hint="shorten the prompt"
-                )
-            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
-        return EngineRequest(id, ids, experts, sampling)
-
-    @property
-    def context_length(self) -> int | None:
-        found = getattr(self.lm.model.config, "max_position_embeddings", None)
-        return int(found) if found else None
+        room = self.engine.context - len(ids)
+        if room < 1:
+            raise BadInput(
+                f"the prompt has {len(ids):,} tokens, and the base model's context holds {self.engine.context:,}",
+                where=where,
+                hint="shorten it",
+            )
+        return EngineRequest(id, ids, experts, dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room)))
 
     def answer(
         self,
@@ -130,7 +131,13 @@ class MixtureRunner:
         numbers = range(len(rows)) if numbers is None else numbers
         routes = self.route([route_request(row) for row in rows])
         requests = [
-            self.engine_request(str(index), row.messages, routes[index].experts, _own_seed(sampling, number))
+            self.engine_request(
+                str(index),
+                row.messages,
+                routes[index].experts,
+                _own_seed(sampling, number),
+                where=f"prompt {row.id}",
+            )
             for index, (number, row) in enumerate(zip(numbers, rows, strict=True))
         ]
         begin = time.monotonic()

@@ -72,7 +72,7 @@ def train(
     progress = progress if main else SILENT
     for other in other_work(out, key):
         progress.say(f"Another configuration's unfinished work is kept in {other} until this expert is done.")
-    with work_folder(out, key, lock=main) as work, quiet_transformers(), _no_future_warnings(), disk_errors(out):
+    with work_folder(out, key, lock=main) as work, quiet_transformers(), _quiet_warnings(), disk_errors(out):
         run = _prepare(work, options, seed, data, base, device, progress)
         trained = _train(run, key)
         if main:
@@ -258,10 +258,12 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
 
 
 @contextmanager
-def _no_future_warnings() -> Iterator[None]:
+def _quiet_warnings() -> Iterator[None]:
     """What trl and transformers tell each other of coming versions is not for the user."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # peft asks for the base's config at every checkpoint, to see whether its vocabulary was changed; ours never is.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         yield
 
 

@@ -35,7 +35,7 @@ class Clusters:
     terms: list[list[str]]
 
     def __len__(self) -> int:
-        return len(self.centroids)
+        return len(self.terms)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -92,6 +92,7 @@ def cluster(embeddings: Floats, k: int, *, seed: int = 0, iterations: int = 20) 
         max_points_per_centroid=_TRAINING_ROWS_PER_CLUSTER,
     )
     trainer.train(rows)
+    assert trainer.centroids is not None
     centroids = normalise(trainer.centroids)
     cosines, labels = max_similarity(rows, centroids)
     return _fill_empty(rows, labels.astype(np.int32), centroids, cosines)
@@ -136,7 +137,7 @@ def telling_terms(texts: Sequence[str], labels: Labels, k: int, *, count: int = 
     Class-based TF-IDF: tf(t, c) · log(1 + A / f(t)), with A the mean number of terms per cluster (Grootendorst 2022,
     arXiv:2203.05794), over at most 200 rows per cluster drawn by `seed`. A pair displaces its own words.
     """
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
     picked = _sample_per_cluster(labels, k, np.random.default_rng(seed))

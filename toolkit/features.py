@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,14 @@ from xpert.storage import cache_folder
 if TYPE_CHECKING:
     from xpert.data import Pool
 
-__all__ = ["FeatureOptions", "Features", "estimate_tokens"]
+__all__ = ["FIELDS", "FeatureOptions", "Features", "estimate_tokens"]
+
+FIELDS: dict[str, Callable[[str, str], str]] = {
+    "prompt": lambda prompt, response: prompt,
+    "response": lambda prompt, response: response,
+    "both": lambda prompt, response: f"{prompt}\n{response}",
+}
+"""What of a row is embedded: (prompt, response) -> text."""
 
 _TOKENS_PER_WORD = 1.3
 _USER_CACHE: Any = object()
@@ -42,7 +49,7 @@ class FeatureOptions(Config):
     """How the features of a pool are computed."""
 
     embedder: str = option("lsa", "what turns texts into vectors: lsa, minilm, st:FOLDER or st:NAME, lm (needs --base)")
-    embed_field: str = option("prompt", "what of a row is embedded", choices=("prompt", "response", "both"))
+    embed_field: str = option("prompt", "what of a row is embedded", choices=tuple(FIELDS))
     clusters: str = option("auto", "how many clusters: a number, or auto: the square root of half the rows")
     base: str | None = option(
         None, "base model: its tokenizer counts lengths, its states embed with lm (folder, hub name or .gguf)"
@@ -126,17 +133,21 @@ class Features:
     def _embed_pool(self) -> Arrays:
         embedder = self._embedder
         texts = self._pool_texts()
-        if not isinstance(embedder, FittedEmbedder) or self._restored(embedder):
-            rows = embedder.embed(texts, self.progress)
-        else:
+        if isinstance(embedder, FittedEmbedder) and not self._restored(embedder):
             rows = self._fit(embedder, texts)
+        else:
+            rows = self._fitted().embed(texts, self.progress)
         return {"rows": _checked(rows, len(self.pool))}
 
     def _fitted(self) -> Embedder:
         """The embedder, fitted on the pool or restored as it was fitted."""
         embedder = self._embedder
-        if isinstance(embedder, FittedEmbedder) and not self._restored(embedder):
-            self._fit(embedder, self._pool_texts())
+        if isinstance(embedder, FittedEmbedder):
+            if not self._restored(embedder):
+                self._fit(embedder, self._pool_texts())
+        elif not self._ready:
+            embedder.fit(self._pool_texts())
+            self._ready = True
         return embedder
 
     def _restored(self, embedder: FittedEmbedder) -> bool:
@@ -161,7 +172,7 @@ class Features:
         return [self._text(p, r) for p, r in zip(self.pool.prompts(), self.pool.responses(), strict=True)]
 
     def _text(self, prompt: str, response: str) -> str:
-        return {"prompt": prompt, "response": response, "both": f"{prompt}\n{response}"}[self.options.embed_field]
+        return FIELDS[self.options.embed_field](prompt, response)
 
     # ── lengths ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ SHORT_ANSWER = 10
 RECALL = 0.995  # of the pairs exactly at the threshold
 MOST_HASHES = 64
 LATEST = 4
-CHUNK = 20_000
+FETCHED = 20_000  # pairs whose texts are held at a time
+CHECKED = 2_000  # pairs whose runs are
 _FIGURES = re.compile(r"\d+|[-+*/=<>%^×÷−≤≥≠]")
 
 
@@ -95,8 +96,8 @@ def sides(rows: Sequence[tuple[str, str]], boilerplate: Boilerplate) -> list[Sid
 class NearDuplicates:
     """Collects signatures batch by batch (`add`), then finds the rows to drop (`find`).
 
-    Memory: 8 bytes a band and row (64 bytes a row at the default threshold). Time: about 6 microseconds a row of 60
-    words to sign, 50 a proposed pair to check.
+    Memory: 8 bytes a band and row (48 bytes a row at the default threshold). Time: linear in words and in
+    proposed pairs, of which there are at most five a band and row.
     """
 
     def __init__(self, threshold: float, boilerplate: Boilerplate) -> None:
@@ -134,21 +135,29 @@ class NearDuplicates:
         """
         dropped = set(skip)
         found = []
-        for chunk in self._proposed_chunks():
+        pairs = self._proposed()
+        for start in range(0, len(pairs), FETCHED):
+            chunk = pairs[start : start + FETCHED]
             numbers = np.unique(chunk)
-            known = dict(zip(numbers.tolist(), sides(fetch(numbers), self.boilerplate), strict=True))
-            for later, earlier in chunk.tolist():
+            texts = dict(zip(numbers.tolist(), fetch(numbers), strict=True))
+            for later, earlier in self._alike(chunk, texts, dropped):
+                dropped.add(later)
+                found.append(Pair(later, earlier))
+        return found
+
+    def _alike(
+        self, pairs: NDArray[np.int64], texts: Mapping[int, tuple[str, str]], dropped: Set[int]
+    ) -> Iterator[tuple[int, int]]:
+        """The pairs that hold under the rule; `dropped` grows between them, and its rows are passed over."""
+        for start in range(0, len(pairs), CHECKED):
+            part = pairs[start : start + CHECKED]
+            numbers = np.unique(part).tolist()
+            known = dict(zip(numbers, sides([texts[n] for n in numbers], self.boilerplate), strict=True))
+            for later, earlier in part.tolist():
                 if later in dropped or earlier in dropped:
                     continue
                 if near_duplicate(known[later], known[earlier], self.threshold):
-                    dropped.add(later)
-                    found.append(Pair(later, earlier))
-        return found
-
-    def _proposed_chunks(self) -> Iterator[NDArray[np.int64]]:
-        pairs = self._proposed()
-        for start in range(0, len(pairs), CHUNK):
-            yield pairs[start : start + CHUNK]
+                    yield later, earlier
 
     def _proposed(self) -> NDArray[np.int64]:
         """[p, 2] (later, earlier), sorted: rows that share a band with one they are compared with."""

@@ -2,7 +2,7 @@
 
 Pass 1 reads, brings rows into normal form and drops exact duplicates. Pass 2 (near duplicates, overlap with the shots
 or with `avoid` files) reads the rows of pass 1 from disk, because what is boilerplate shows only in the whole pool.
-Memory: one block of rows, and about 120 bytes for each row of the pool.
+Memory: one block of rows, and about 100 bytes for each row of the pool.
 """
 
 from __future__ import annotations

@@ -64,15 +64,17 @@ def clean(
 
 def _near(near: NearDuplicates, folder: Path, dropped: dict[int, Dropped]) -> dict[int, Dropped]:
     """Rows that are near duplicates of one that is kept and not dropped already."""
-    with pa.memory_map(str(folder / ROWS_FILE)) as file:
-        table = pa.ipc.open_stream(file).read_all().select(["id", "prompt", "response"])
 
-        def fetch(numbers: NDArray[np.int64]) -> list[tuple[str, str]]:
-            part = table.take(numbers)
-            return list(zip(part["prompt"].to_pylist(), part["response"].to_pylist(), strict=True))
+    def fetch(numbers: NDArray[np.int64]) -> list[tuple[str, str]]:
+        part = _picked(folder, numbers, ["prompt", "response"])
+        return list(zip(part["prompt"].to_pylist(), part["response"].to_pylist(), strict=True))
 
-        pairs = near.find(fetch, skip=dropped.keys())
-        names = table["id"].take([pair.earlier for pair in pairs]).to_pylist() if pairs else []
+    pairs = near.find(fetch, skip=dropped.keys())
+    if not pairs:
+        return {}
+    earlier = np.array([pair.earlier for pair in pairs])
+    numbers, places = np.unique(earlier, return_inverse=True)
+    names = _picked(folder, numbers, ["id"])["id"].take(places).to_pylist()
     return {
         pair.later: Dropped(pair.later, name, "near duplicate", "near duplicate")
         for pair, name in zip(pairs, names, strict=True)
@@ -98,6 +100,17 @@ def _rewritten(written: RowsWriter, dropped: dict[int, Dropped], reject: Reject)
     writer.close()
     shutil.rmtree(before)
     return writer
+
+
+def _picked(folder: Path, numbers: NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """Rows by their sorted numbers. The file is read through: mapping it would hold all of it in memory."""
+    parts, first = [], 0
+    for batch in _batches(folder):
+        here = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + batch.num_rows)]
+        if len(here):
+            parts.append(batch.select(columns).take(pa.array(here - first)))
+        first += batch.num_rows
+    return pa.Table.from_batches(parts)
 
 
 def _batches(folder: Path) -> Iterator[pa.RecordBatch]:

@@ -47,7 +47,7 @@ class HashedWords:
 
 
 def hash_words(texts: pa.Array) -> HashedWords:
-    """A large_string array without nulls -> its words. About 0.06 microseconds a word."""
+    """A large_string array without nulls -> its words."""
     plain = pc.string_is_ascii(texts)
     if not pc.all(plain).as_py():  # the rare text beyond ASCII is spelt out by the plain definition
         spelt = [" ".join(words(text)) for text in texts.filter(pc.invert(plain)).to_pylist()]

@@ -12,6 +12,7 @@ lies between is allowed too: `make_plan` finds the cheapest partition of the sor
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class CostModel:
     flop: float
 
 
-COSTS = {"cpu": CostModel(launch=12e-6, flop=2.5e-11), "cuda": CostModel(launch=20e-6, flop=2e-14)}
+# The CUDA pair is an estimate until `--fit` has run there; it changes speed alone.
+COSTS = {"cpu": CostModel(launch=13e-6, flop=3e-11), "cuda": CostModel(launch=20e-6, flop=2e-14)}
 
 
 def row_order(experts: RowExperts) -> tuple[tuple[str, str], ...]:
@@ -96,6 +98,7 @@ class Planner:
         self._keep = keep
         self._stacks: OrderedDict[tuple[tuple[str, str], ...], tuple[tuple[Adapter, ...], dict[str, Stack]]]
         self._stacks = OrderedDict()
+        self._lock = threading.Lock()  # sessions in several threads share a planner
 
     def make_plan(self, rows: Sequence[RowExperts], tokens: int) -> Plan:
         """The cheapest plan for `rows`, sorted by `row_order`, of `tokens` tokens each.
@@ -113,8 +116,9 @@ class Planner:
 
     def forget(self, adapter: Adapter) -> None:
         """Drops the concatenations that an adapter is part of."""
-        for key in [key for key, (adapters, _) in self._stacks.items() if adapter in adapters]:
-            del self._stacks[key]
+        with self._lock:
+            for key in [key for key, (adapters, _) in self._stacks.items() if adapter in adapters]:
+                del self._stacks[key]
 
     def _partition(self, rows: Sequence[RowExperts], runs: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
         """The cut of the runs into neighbouring groups of least total cost: best[j] = min_i best[i] + cost(i..j)."""
@@ -159,26 +163,31 @@ class Planner:
         return Segment(start, stop, modules)
 
     def _stack(self, adapters: tuple[Adapter, ...]) -> dict[str, Stack]:
-        import torch
-
         if len(adapters) == 1:
             parts = adapters[0].modules.items()
             return {name: Stack(part.a, part.b, ((0, part.rank),)) for name, part in parts}
         key = tuple((adapter.key, adapter.fingerprint) for adapter in adapters)
-        if key not in self._stacks:
-            stacks = {}
-            for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
-                held = [(i, adapter.modules[name]) for i, adapter in enumerate(adapters) if name in adapter.modules]
-                stacks[name] = Stack(
-                    torch.cat([part.a for _, part in held]),
-                    torch.cat([part.b for _, part in held], dim=1),
-                    tuple((i, part.rank) for i, part in held),
-                )
-            self._stacks[key] = (adapters, stacks)
-            while len(self._stacks) > self._keep:
-                self._stacks.popitem(last=False)
-        self._stacks.move_to_end(key)
-        return self._stacks[key][1]
+        with self._lock:
+            if key not in self._stacks:
+                self._stacks[key] = (adapters, _concatenated(adapters))
+                while len(self._stacks) > self._keep:
+                    self._stacks.popitem(last=False)
+            self._stacks.move_to_end(key)
+            return self._stacks[key][1]
+
+
+def _concatenated(adapters: tuple[Adapter, ...]) -> dict[str, Stack]:
+    import torch
+
+    stacks = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
+        held = [(i, adapter.modules[name]) for i, adapter in enumerate(adapters) if name in adapter.modules]
+        stacks[name] = Stack(
+            torch.cat([part.a for _, part in held]),
+            torch.cat([part.b for _, part in held], dim=1),
+            tuple((i, part.rank) for i, part in held),
+        )
+    return stacks
 
 
 def _runs(rows: Sequence[RowExperts]) -> list[tuple[int, int]]:

@@ -65,8 +65,7 @@ class Passes:
 
     def forget(self, adapter: Adapter) -> None:
         """Frees what is held for an adapter that is no longer served."""
-        with self._lock:
-            self.planner.forget(adapter)
+        self.planner.forget(adapter)
 
     def check_prompt(self, prompt: Sequence[int], *, where: str, room: int = 1) -> None:
         """Raises BadInput unless the prompt leaves `room` tokens of the context, and holds only known tokens."""

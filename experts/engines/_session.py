@@ -125,7 +125,7 @@ class Session:
             return pieces + self._admit()
         except BaseException:
             with self._lock:
-                self._ids.difference_update(row.id for row in self._batch.rows)
+                self._ids = {row.id for row in self._waiting}
             self._batch = _Batch()
             raise
 
@@ -160,14 +160,9 @@ class Session:
             return []
         rows.sort(key=lambda row: row_order(row.experts))
         joining = _Batch(rows)
-        try:
-            logits, joining.cache = self._passes.prefill(
-                [row.request.prompt_ids for row in rows], [row.experts for row in rows]
-            )
-        except BaseException:
-            with self._lock:
-                self._ids.difference_update(row.id for row in rows)
-            raise
+        logits, joining.cache = self._passes.prefill(
+            [row.request.prompt_ids for row in rows], [row.experts for row in rows]
+        )
         for row in rows:
             row.length = len(row.request.prompt_ids)
         pieces = self._advance(rows, logits)

@@ -6,7 +6,7 @@ exemplar prompts, one per skill.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
+from xpert.experts.routers._familiarity import Familiarity
 from xpert.experts.routers._choice import ranked, softmax_weights
 from xpert.protocols import Candidate, EmbedderContext, Floats, RoutableExpert, Route, RouteRequest
 
@@ -26,6 +27,8 @@ __all__ = ["PLUGIN", "CentroidOptions", "CentroidRouter"]
 
 NEIGHBOURS = 3
 """Exemplars of a skill whose mean cosine is the skill's score in mode `nearest`."""
+
+FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,21 @@ class CentroidOptions(Config):
         None, "cosine under which the base answers; by default from the exemplars, see reject", minimum=-1, maximum=1
     )
     reject: float = option(
-        0.02, "sets the threshold: this share of the exemplars, each left out in turn, lies under it", minimum=0, maximum=1
+        0.02,
+        "sets the threshold: this share of the exemplars, scored while left out, lies under it",
+        minimum=0,
+        maximum=1,
     )
     base: str | None = option(None, "the model whose states embedder lm takes; by default the mixture's base")
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The exemplars of one skill of one expert: rows `first:last` of the exemplar matrix."""
+    """The exemplars of one skill of one expert."""
 
     expert: str
     label: str
-    first: int
-    last: int
+    texts: tuple[str, ...]
 
 
 class CentroidRouter:
@@ -60,8 +65,9 @@ class CentroidRouter:
 
     A skill's score is the cosine to the mean of its exemplars (mode centroid) or the mean cosine to its three nearest
     exemplars (mode nearest, for experts whose exemplars lie in several places); an expert's score is its best
-    skill's. Preparing embeds all exemplars once; a prompt costs one embedding and one product with [groups, d] or
-    [exemplars, d].
+    skill's. With lsa, which is fitted on the exemplars, the cosine counts the prompt's unknown words too (see
+    `Familiarity`). Preparing embeds all exemplars, and with lsa fits it 1 + FOLDS times; a prompt costs one embedding
+    and one product with [groups, d] or [exemplars, d].
     """
 
     Options = CentroidOptions
@@ -69,48 +75,39 @@ class CentroidRouter:
     def __init__(self, options: CentroidOptions, *, seed: int = 0, device: str = "auto") -> None:
         self.options = options
         name, _, argument = options.embedder.partition(":")
+        kind = plugins.load("embedder", name)
         context = EmbedderContext(argument=argument or None, base=options.base, device=device, seed=seed)
-        self.embedder: Embedder = plugins.load("embedder", name)(context)
+        self._new_embedder: Callable[[], Embedder] = lambda: kind(context)
+        self._fitted = name == "lsa"
+        self.space: _Space | None = None
         self.groups: list[_Group] = []
         self.threshold = -1.0
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
         """Raises BadInput for an expert without exemplars: it could never be reached."""
-        texts: list[str] = []
         self.groups = []
-        for expert in experts:
+        # In an order of their own: the axes of a fitted space depend on the order of its texts, and routes must not.
+        for expert in sorted(experts, key=lambda expert: expert.key):
             if not any(text.strip() for text in expert.exemplars):
                 raise BadInput(
                     f"expert {expert.key!r} has no exemplars, which router centroid needs",
                     hint="train it with shots, or mix with --router fixed",
                 )
-            for label, members in _by_skill(expert).items():
-                self.groups.append(_Group(expert.key, label, len(texts), len(texts) + len(members)))
-                texts.extend(members)
-        self.keys = [expert.key for expert in experts]
-        if not texts:
+            self.groups += [_Group(expert.key, label, texts) for label, texts in sorted(_by_skill(expert).items())]
+        if not self.groups:
             return
-        self.embedder.fit(texts)
-        self.exemplars = self.embedder.embed(texts)
-        self.centroids = np.stack([_unit(self.exemplars[g.first : g.last].mean(axis=0)) for g in self.groups])
+        embedder = self._new_embedder()
+        self.space = _Space(self.groups, embedder, self.options.mode, fit=self._fitted)
         given = self.options.threshold
-        self.threshold = self._calibrated() if given is None else given
+        self.threshold = self._calibrated(embedder) if given is None else given
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        if self.space is None:
+            return [Route((), (), "centroid: the mixture has no experts; the base answers")] * len(requests)
         if not requests:
             return []
-        if not self.groups:
-            return [Route((), (), "centroid: the mixture has no experts; the base answers")] * len(requests)
         # Rounded, since a product's last bits depend on the size of the batch and routes must not.
-        scores = np.round(self._scores(self.embedder.embed([request.prompt for request in requests])), 5)
-        return [self._route(row) for row in scores]
-
-    def _scores(self, embeddings: Floats) -> Floats:
-        """[n, d] -> cosine of each prompt to each group [n, groups]."""
-        if self.options.mode == "centroid":
-            return embeddings @ self.centroids.T
-        similar = embeddings @ self.exemplars.T
-        return np.stack([_nearest_mean(similar[:, g.first : g.last]) for g in self.groups], axis=1)
+        return [self._route(row) for row in np.round(self.space.scores([r.prompt for r in requests]), 5)]
 
     def _route(self, scores: Floats) -> Route:
         best: dict[str, float] = {}
@@ -127,40 +124,71 @@ class CentroidRouter:
         weights = softmax_weights(chosen, temperature=self.options.temperature)
         return Route(weights, candidates, nearest + _rest(candidates, label))
 
-    def _calibrated(self) -> float:
-        """The `reject` quantile of the exemplars' scores for their own skill, each scored as if it were not in it."""
-        own = [_left_out(self.exemplars[g.first : g.last], self.options.mode) for g in self.groups]
-        scores = np.concatenate(own)
-        # An expert known by a single exemplar leaves nothing to compare with: then any likeness is enough.
-        return float(np.quantile(scores, self.options.reject, method="lower")) if len(scores) else 0.0
+    def _calibrated(self, embedder: Embedder) -> float:
+        """The `reject` quantile of the exemplars' scores for their own skill, in spaces made without them.
+
+        Every FOLDS-th exemplar of each group is left out in turn.
+        """
+        own: list[NDArray[np.float32]] = []
+        for fold in range(FOLDS):
+            kept = [_Group(g.expert, g.label, _without(g.texts, fold)) for g in self.groups]
+            left_out = [(i, text) for i, g in enumerate(self.groups) for text in g.texts[fold::FOLDS] if kept[i].texts]
+            if left_out:
+                present = [i for i, group in enumerate(kept) if group.texts]
+                place = {i: column for column, i in enumerate(present)}
+                maker = self._new_embedder() if self._fitted else embedder
+                space = _Space([kept[i] for i in present], maker, self.options.mode, fit=self._fitted)
+                scores = space.scores([text for _, text in left_out])
+                own.append(scores[np.arange(len(left_out)), [place[i] for i, _ in left_out]])
+        # Experts known by a single exemplar leave nothing to compare with: then any likeness is enough.
+        return float(np.quantile(np.concatenate(own), self.options.reject, method="lower")) if own else 1e-5
 
 
-def _by_skill(expert: RoutableExpert) -> dict[str, list[str]]:
+class _Space:
+    """Groups in an embedding space: texts -> the score of each group."""
+
+    def __init__(self, groups: Sequence[_Group], embedder: Embedder, mode: str, *, fit: bool) -> None:
+        texts = [text for group in groups for text in group.texts]
+        ends = np.cumsum([len(group.texts) for group in groups]).tolist()
+        self.parts = [slice(end - len(group.texts), end) for group, end in zip(groups, ends, strict=True)]
+        embedder.fit(texts)
+        self.embedder, self.mode = embedder, mode
+        self.exemplars = embedder.embed(texts)
+        self.centroids = _unit(np.stack([self.exemplars[part].mean(axis=0) for part in self.parts]))
+        self.familiarity = Familiarity(texts) if fit else None
+
+    def scores(self, texts: Sequence[str]) -> Floats:
+        """[n] texts -> [n, groups]."""
+        embeddings = self.embedder.embed(texts)
+        if self.mode == "centroid":
+            scores = embeddings @ self.centroids.T
+        else:
+            similar = embeddings @ self.exemplars.T
+            scores = np.stack([_nearest_mean(similar[:, part]) for part in self.parts], axis=1)
+        if self.familiarity is not None:
+            scores = scores * self.familiarity.of(texts)[:, None]
+        return scores
+
+
+def _by_skill(expert: RoutableExpert) -> dict[str, tuple[str, ...]]:
     """label -> exemplars. Without labels, all exemplars of an expert are one group that bears its key."""
     labels = expert.exemplar_skills or ("",) * len(expert.exemplars)
     groups: dict[str, list[str]] = {}
     for text, skill in zip(expert.exemplars, labels, strict=True):
         if text.strip():
             groups.setdefault(skill or expert.key, []).append(text)
-    return groups
+    return {label: tuple(texts) for label, texts in groups.items()}
 
 
-def _left_out(members: Floats, mode: str) -> NDArray[np.float32]:
-    """The score of each exemplar [m, d] for its group without it [m]; none where the group has one member."""
-    if len(members) < 2:
-        return np.zeros(0, dtype=np.float32)
-    if mode == "nearest":
-        similar = members @ members.T
-        np.fill_diagonal(similar, -np.inf)
-        return _nearest_mean(similar, among=len(members) - 1)
-    others = members.sum(axis=0)[None, :] - members
-    return np.einsum("md,md->m", members, _unit(others))
+def _without(texts: Sequence[str], fold: int) -> tuple[str, ...]:
+    return tuple(text for index, text in enumerate(texts) if index % FOLDS != fold)
 
 
-def _nearest_mean(similar: Floats, *, among: int | None = None) -> Floats:
-    """[n, m] -> the mean of each row's largest cosines."""
-    count = min(NEIGHBOURS, among if among is not None else similar.shape[1])
-    return np.sort(similar, axis=1)[:, -count:].mean(axis=1)
+def _nearest_mean(similar: Floats) -> Floats:
+    """[n, m] -> the mean of each row's largest cosines [n]."""
+    count = min(NEIGHBOURS, similar.shape[1])
+    nearest: Floats = np.sort(similar, axis=1)[:, -count:].mean(axis=1)
+    return nearest
 
 
 def _unit(vectors: Floats) -> Floats:

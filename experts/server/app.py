@@ -1,10 +1,10 @@
 """The OpenAI-compatible server: `model` is the mixture (the router chooses), one of its experts, or `base`.
 
-    GET  /v1/models                   the mixture, its experts, the base
-    POST /v1/chat/completions         answers, streamed or whole; `x-xpert-experts` says who answered
-    POST /v1/route                    the route of a prompt with candidates and reason, without an answer
-    GET  /healthz                     whether the engine runs
-    GET  /                            a page to try it
+GET  /v1/models                   the mixture, its experts, the base
+POST /v1/chat/completions         answers, streamed or whole; `x-xpert-experts` says who answered
+POST /v1/route                    the route of a prompt with candidates and reason, without an answer
+GET  /healthz                     whether the engine runs
+GET  /                            a page to try it
 """
 
 from __future__ import annotations
@@ -185,9 +185,7 @@ class _Service:
     def _job(self, model: str, messages: tuple[Message, ...], sampling: Sampling) -> _Job:
         id = f"chatcmpl-{uuid.uuid4().hex}"
         route = self._route(id, model, messages)
-        engine_request = self.runner.engine_request(
-            id, messages, route.experts, sampling, tokenizer=self.tokenizer
-        )
+        engine_request = self.runner.engine_request(id, messages, route.experts, sampling, tokenizer=self.tokenizer)
         return _Job(id, model, route, engine_request, int(time.time()))
 
     async def _pieces(self, job: _Job) -> AsyncIterator[Piece]:

@@ -94,6 +94,10 @@ class EngineLoop:
                 self._sinks.pop(piece.request_id, None)
             if sink is not None:
                 sink(piece)
+        for request_id, failure in self._session.failures():
+            failed = self._sinks.pop(request_id, None)
+            if failed is not None:
+                failed(failure)
 
     def _fail(self, error: Exception) -> None:
         sinks, self._sinks = self._sinks, {}

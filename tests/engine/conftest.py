@@ -48,8 +48,8 @@ def plain(tiny_base: Path, folders: dict[str, Path]) -> Callable[..., Any]:
 
     def model(key: str | None) -> Any:
         if key not in made:
-            base = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
-            made[key] = base if key is None else PeftModel.from_pretrained(base, folders[key]).eval()
+            base = AutoModelForCausalLM.from_pretrained(tiny_base)
+            made[key] = base if key is None else PeftModel.from_pretrained(base, folders[key])
         return made[key]
 
     return model

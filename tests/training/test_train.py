@@ -360,7 +360,7 @@ def test_what_failed_in_writing_is_not_trained_again(
     from xpert.experts import expert_folder
     from xpert.experts import train as module
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):

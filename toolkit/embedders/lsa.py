@@ -1,13 +1,14 @@
-"""`lsa`: TF-IDF over words and word pairs, reduced by a truncated SVD. Learns from the pool; needs no download.
+"""`lsa`: TF-IDF over one to three words, reduced by a truncated SVD. Learns from the pool; needs no download.
 
-Deerwester et al. 1990, "Indexing by latent semantic analysis"; the SVD is Halko, Martinsson and Tropp 2011
-(arXiv:0909.4061), as in scikit-learn.
+Deerwester et al. 1990, "Indexing by latent semantic analysis". The SVD is that of Halko, Martinsson and Tropp 2011
+(arXiv:0909.4061), as in scikit-learn. A row's coordinates are U sqrt(s) rather than U s: the strongest axes say how
+ordinary a text is, and in full strength they drown what it is about (Levy, Goldberg and Dagan 2015, section 3.3).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,33 +20,36 @@ from xpert.progress import SILENT, Progress
 from xpert.protocols import EmbedderContext, Floats
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
-__all__ = ["PLUGIN", "Lsa"]
+__all__ = ["PLUGIN", "Lsa", "Settings"]
 
 _BLOCK = 8192
+_SMALL_POOL = 1000
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """Chosen by measurement: see benchmarks/results/embedders.md."""
+class Settings:
+    """Chosen by measurement: benchmarks/results/embedders.md."""
 
     dimensions: int = 256
-    words: tuple[int, int] = (1, 2)
+    words: tuple[int, int] = (1, 3)
     pattern: str = r"\w+|[^\w\s]"
-    sublinear: bool = True
     min_rows: int = 2
     max_terms: int = 60_000
     passes: int = 3
+    power: float = 0.5
+    """Coordinates are U s**power."""
 
 
 class Lsa:
-    """Cost on one core: about 0.4 s per thousand short rows to fit and embed. Memory: the term matrix, about 1 kB a row."""
+    """Cost on one core: 0.4 s per thousand short rows to fit and embed. Memory: the term matrix, about 1 kB a row, and
+    1 kB per term."""
 
-    def __init__(self, context: EmbedderContext, settings: _Settings | None = None) -> None:
+    def __init__(self, context: EmbedderContext, settings: Settings | None = None) -> None:
         if context.argument is not None:
-            raise BadInput("the embedder lsa takes no argument", where=f"lsa:{context.argument}")
-        self._settings = settings or _Settings()
+            raise BadInput("the embedder lsa takes no argument", where=f"lsa:{context.argument}", hint="write lsa")
+        self._settings = settings or Settings()
         self._seed = context.seed
         self._terms: list[str] | None = None
         self._idf = np.zeros(0, np.float32)
@@ -54,39 +58,51 @@ class Lsa:
     @property
     def identity(self) -> str:
         version = importlib.metadata.version("scikit-learn")
-        return f"lsa/1 sklearn={version} seed={self._seed} {self._settings}"
+        return f"lsa/2 sklearn={version} seed={self._seed} {self._settings}"
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Learns terms, weights and axes. The number of axes is at most the number of rows and of terms."""
+        """Learns terms, weights and axes. There are at most as many axes as rows and as terms."""
+        self.fit_embed(texts)
+
+    def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.utils.extmath import randomized_svd
 
         settings = self._settings
-        # In a small pool most terms stand in one row, and dropping those would leave little or nothing.
-        min_rows = settings.min_rows if len(texts) >= 1000 else 1
         vectorizer = CountVectorizer(
             ngram_range=settings.words,
             token_pattern=settings.pattern,
-            min_df=min_rows,
+            # In a small pool most terms stand in one row, and dropping those would leave little or nothing.
+            min_df=settings.min_rows if len(texts) >= _SMALL_POOL else 1,
             max_features=settings.max_terms,
             dtype=np.float32,
         )
         try:
-            counts = vectorizer.fit_transform(texts)
+            counts = vectorizer.fit_transform(_watched(texts, progress, "reading terms"))
         except ValueError as error:
             if "empty vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
                 raise
-            self._learn([], np.zeros(0, np.float32), np.zeros((1, 0), np.float32))
-            return
-        terms = vectorizer.get_feature_names_out().tolist()
-        rows_with = np.bincount(counts.indices, minlength=len(terms))
-        idf = (np.log((1 + len(texts)) / (1 + rows_with)) + 1).astype(np.float32)
-        matrix = self._weigh(counts, idf)
-        rank = min(settings.dimensions, *matrix.shape)
-        _, _, axes = randomized_svd(
-            matrix, rank, n_iter=settings.passes, power_iteration_normalizer="LU", random_state=self._seed
+            self._terms = []
+            return np.zeros((len(texts), len(self._axes)), np.float32)
+        self._terms = vectorizer.get_feature_names_out().tolist()
+        rows_with = np.bincount(counts.indices, minlength=len(self._terms))
+        self._idf = (np.log((1 + len(texts)) / (1 + rows_with)) + 1).astype(np.float32)
+        matrix = self._weigh(counts)
+        progress.say(f"reducing {matrix.shape[1]:,} terms to {min(settings.dimensions, *matrix.shape)} dimensions")
+        self._axes = self._main_axes(matrix)
+        return normalise(matrix @ self._axes.T)
+
+    def _main_axes(self, matrix: csr_matrix) -> Floats:
+        """[d, terms]: the right singular vectors, scaled so that `matrix @ axes.T` is U s**power."""
+        from sklearn.utils.extmath import randomized_svd
+
+        rank = min(self._settings.dimensions, *matrix.shape)
+        _, strengths, axes = randomized_svd(
+            matrix, rank, n_iter=self._settings.passes, power_iteration_normalizer="LU", random_state=self._seed
         )
-        self._learn(terms, idf, np.ascontiguousarray(axes, dtype=np.float32))
+        # Axes of no strength are rounding, and a negative power of it would be large.
+        real = strengths > 1e-4 * strengths[0]
+        scaled = axes[real] * (strengths[real] ** (self._settings.power - 1))[:, None]
+        return np.ascontiguousarray(scaled, dtype=np.float32)
 
     def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         """Texts -> [n, d]; a text without a known term gives a zero row. Raises RuntimeError before `fit`."""
@@ -106,7 +122,7 @@ class Lsa:
         with progress.task("embedding (lsa)", total=len(texts)) as task:
             for start in range(0, len(texts), _BLOCK):
                 block = texts[start : start + _BLOCK]
-                matrix = self._weigh(vectorizer.transform(block), self._idf)
+                matrix = self._weigh(vectorizer.transform(block))
                 rows[start : start + len(block)] = normalise(matrix @ self._axes.T)
                 task.advance(len(block))
         return rows
@@ -119,20 +135,23 @@ class Lsa:
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         joined = bytes(state["terms"]).decode()
-        self._learn(joined.split("\n") if joined else [], np.asarray(state["idf"]), np.asarray(state["axes"]))
+        self._terms = joined.split("\n") if joined else []
+        self._idf, self._axes = np.asarray(state["idf"]), np.asarray(state["axes"])
 
-    def _learn(self, terms: list[str], idf: Floats, axes: Floats) -> None:
-        self._terms, self._idf, self._axes = terms, idf, axes
-
-    def _weigh(self, counts: csr_matrix, idf: Floats) -> csr_matrix:
+    def _weigh(self, counts: csr_matrix) -> csr_matrix:
         """Counts -> (1 + log count) · idf, rows of length 1."""
         from sklearn.preprocessing import normalize
 
-        if self._settings.sublinear:
-            counts.data = 1 + np.log(counts.data)
-        counts.data *= idf[counts.indices]
+        counts.data = (1 + np.log(counts.data)) * self._idf[counts.indices]
         weighed: csr_matrix = normalize(counts, copy=False)
         return weighed
+
+
+def _watched(texts: Sequence[str], progress: Progress, title: str) -> Iterator[str]:
+    with progress.task(title, total=len(texts)) as task:
+        for text in texts:
+            yield text
+            task.advance()
 
 
 PLUGIN = Lsa

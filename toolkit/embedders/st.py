@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from xpert.embedding import normalise
 from xpert.errors import BadInput, NotFound, Unavailable
 from xpert.progress import SILENT, Progress
@@ -57,7 +56,6 @@ class SentenceTransformers:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
-
         from xpert.language_model import resolve_device
 
         return SentenceTransformer(
@@ -92,7 +90,9 @@ class SentenceTransformers:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    kept = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".safetensors", ".json", ".txt", ".model"})
+    kept = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.suffix in {".safetensors", ".json", ".txt", ".model"}
+    )
     if not any(path.suffix == ".safetensors" for path in kept):
         raise BadInput("the model has no safetensors weights", where=str(folder))
     return hash_json({path.relative_to(folder).as_posix(): hash_file(path) for path in kept})
