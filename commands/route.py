@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+
 from xpert.commands.options import Session, common_options
 
 __all__ = ["command"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from xpert.commands.options import Session, common_options
 from xpert.errors import BadInput
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import click
+
 from xpert.commands.options import Session, common_options
 from xpert.errors import BadInput, Unavailable
 
@@ -35,6 +36,7 @@ def command(
     """
     try:
         import uvicorn
+
         from xpert.experts.server.app import create_app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):

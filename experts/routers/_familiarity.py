@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
 from xpert.protocols import Floats
 
 __all__ = ["Familiarity"]

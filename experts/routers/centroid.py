@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput

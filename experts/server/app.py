@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import xpert
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+
+import xpert
 from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.mixture import BASE
 from xpert.experts.routing import explain

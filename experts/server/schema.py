@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from xpert.errors import BadInput, unknown
 from xpert.protocols import Sampling
 from xpert.records import Message

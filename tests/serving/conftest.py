@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from xpert.records import Row
 from xpert.registry.card import BaseModel, ExpertCard
 

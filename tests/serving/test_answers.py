@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+
 from xpert.experts.answering import answer_file
 from xpert.experts.mixture import load_mixture
 from xpert.experts.serving import MixtureRunner

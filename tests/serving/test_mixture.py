@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
 from xpert.registry.card import BaseModel

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from xpert.errors import BadInput
 from xpert.experts import recruit as recruiting
 from xpert.experts.recruit import average_ranks, recruit, score_shots
@@ -70,6 +71,7 @@ def test_scores_are_those_of_the_model(tiny_base: Path, make_adapter: Callable[.
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     from xpert import plugins
     from xpert.language_model import encode_example, load_model
     from xpert.protocols import EngineRequest, Sampling

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
 from xpert.protocols import RoutableExpert, Route, RouteRequest

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+
 from xpert.experts.mixture import open_expert
 from xpert.experts.server.app import create_app
 from xpert.experts.server.engine_loop import EngineLoop
