@@ -64,14 +64,16 @@ def make_model() -> Any:
         bos_token_id=None,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(DEVICE, DTYPE).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(DEVICE, DTYPE).eval()
 
 
 def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models
 
     words = {f"w{index}": index for index in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
 
 
 def make_peft(folder: Path, count: int) -> Any:

@@ -32,7 +32,7 @@ def peft_greedy(base: Path, adapter: Path | None, messages: Sequence[Message], m
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     chat = [{"role": m.role, "content": m.content} for m in messages]
