@@ -44,7 +44,8 @@ def figure(value: Any) -> str:
     if isinstance(value, int | np.integer):
         return f"{int(value):,}"
     if isinstance(value, float | np.floating):
-        return f"{float(value):,.0f}" if abs(value) >= 1000 else f"{float(value):.3g}"
+        number = float(value)
+        return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
     return str(value)
 
 
