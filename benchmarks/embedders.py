@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from xpert.data import read_rows, read_shots
 from xpert.embedders.lsa import Lsa, Settings
 from xpert.embedding import open_embedder

@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.protocols import EngineRequest, Sampling
 

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 
 import numpy as np
+
 from xpert import plugins
 from xpert.data import open_pool, overlapping_rows, read_shots
 from xpert.features import FeatureOptions, Features

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import click
+
 from xpert import plugins
 from xpert.commands.options import Session, common_options
 from xpert.config import Config, field_type

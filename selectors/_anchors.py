@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.budgeting import BudgetMeter
 from xpert.errors import BadInput
 from xpert.records import Shots

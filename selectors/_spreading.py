@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.budgeting import BudgetMeter
 
 __all__ = ["HELD", "spread", "top"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.budgeting import BudgetMeter
 from xpert.config import Config, option
 from xpert.protocols import Selection
@@ -148,8 +149,6 @@ def _graph(embeddings: Floats, k: int) -> tuple[Ints, Floats, str]:
     index.train(rows)
     index.add(rows)
     cosines, neighbours = index.search(rows, k + 1)
-    own = neighbours == np.arange(len(rows))[:, None]
-    neighbours[own] = -1
     return neighbours, np.asarray(cosines, dtype=np.float32), f"inverted file, {lists} lists, 16 probed"
 
 

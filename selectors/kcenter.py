@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.budgeting import BudgetMeter
 from xpert.config import Config, option
 from xpert.protocols import Selection

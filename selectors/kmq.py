@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.budgeting import BudgetMeter, allocate
 from xpert.config import Config, option
 from xpert.errors import BadInput

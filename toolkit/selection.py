@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert import plugins
 from xpert.budgeting import BudgetMeter
 from xpert.eligible import EligibleFeatures
