@@ -24,7 +24,7 @@ from xpert.selection import choose
 VARIANTS = [
     "random",
     "kshot",
-    "kshot order=nearest",
+    "kshot order=turns",
     "kshot order=mean",
     "kshot tau=1",
     "kshot reach=1000",
@@ -47,6 +47,7 @@ def main() -> None:
             excluded, _ = overlapping_rows(pool, shots)
             options = FeatureOptions(embedder=embedder, embed_field=arguments.embed_field, base=arguments.base)
             features = Features(pool, options, shots=shots)
+            features.embeddings(), features.shot_embeddings()  # not part of a selection's time
             for variant in arguments.variant or VARIANTS:
                 method, *params = variant.split()
                 selector = plugins.load("selector", method)

@@ -149,8 +149,6 @@ def _graph(embeddings: Floats, k: int) -> tuple[Ints, Floats, str]:
     index.train(rows)
     index.add(rows)
     cosines, neighbours = index.search(rows, k + 1)
-    own = neighbours == np.arange(len(rows))[:, None]
-    neighbours[own] = -1
     return neighbours, np.asarray(cosines, dtype=np.float32), f"inverted file, {lists} lists, 16 probed"
 
 

@@ -33,7 +33,7 @@ class KShotOptions(Config):
         maximum=1,
     )
     order: str = option(
-        "turns",
+        "nearest",
         "nearest: by the greatest cosine with any shot; turns: the shots choose their nearest rows in turn; "
         "mean: by the cosine with the shots' mean",
         choices=("nearest", "turns", "mean"),
@@ -54,9 +54,9 @@ class KShot:
 
     embeddings [n, d], shots [K, d], unit rows -> distinct rows in the order taken, then repeats brought back. Score:
     the greatest cosine with any shot (order `mean`: the cosine with the shots' mean). The paper's algorithm takes the
-    budget by order `nearest` and drops its repeats (refill=false); its released code is order `mean`. Two things were
-    measured to serve better: shots that choose in turn, and repeats that come back rather than rows far from the task,
-    since to a plain embedder all rows of one template look alike (benchmarks/results/selection_share.md).
+    budget by order `nearest` and drops its repeats (refill=false); its released code is order `mean`. That repeats come
+    back before rows far from the task do was measured to serve much better: to a plain embedder all rows of one
+    template look alike, and an unbounded refill (a great `reach`) leaves the task; see benchmarks/results.
     """
 
     Options: ClassVar[type[Config]] = KShotOptions

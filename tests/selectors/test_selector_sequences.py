@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def test_lazy_greedy_is_plain_greedy(seed: int, held: int, form: str) -> None:
     # Rows that cover each other alike tie but for rounding: equal value is what must hold there.
     assert taken == plain or value(similar, taken) == pytest.approx(value(similar, plain), rel=1e-3)
     assert value(similar, taken) == pytest.approx(sum(gains), rel=1e-4)
-    assert all(later <= earlier + 1e-5 for earlier, later in zip(gains, gains[1:], strict=False))
+    assert all(later <= earlier + 1e-5 for earlier, later in pairwise(gains))
 
 
 @few
@@ -123,7 +123,7 @@ def test_spreading_is_the_plain_loop(seed: int, held: int, weight: float) -> Non
 def test_the_radius_never_rises(seed: int) -> None:
     embeddings = points(120, seed)
     _, radii = spread(embeddings, np.ones(120, dtype=np.float32), 1.0, 0, BudgetMeter(60), held=9)
-    assert all(later <= earlier + 1e-6 for earlier, later in zip(radii[1:], radii[2:], strict=False))
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(radii[1:]))
 
 
 @few
