@@ -3,9 +3,9 @@
     python benchmarks/engine.py [--write FILE.md] [--repeats 5]      (DEV=cuda runs it on a GPU, in bfloat16)
     python benchmarks/engine.py --fit                                the constants of the engine's cost model
 
-A random Llama of about 30M parameters, rank-8 LoRA on all linear layers, 64 requests of 64 tokens, 32 tokens
-generated for each. All variants run in turn within each repeat; figures are medians of CPU seconds on one thread
-(wall seconds on a GPU). The base model alone, by transformers' `generate`, is 1.00.
+A random Llama of about 30M parameters, rank-8 LoRA on all linear layers, 64 requests (ROWS=n for fewer) of 64
+tokens, 32 tokens generated for each. All variants run in turn within each repeat; figures are medians of CPU seconds
+on one thread (wall seconds on a GPU). The base model alone, by transformers' `generate`, is 1.00.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -63,14 +64,16 @@ def make_model() -> Any:
         bos_token_id=None,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(DEVICE, DTYPE).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(DEVICE, DTYPE).eval()
 
 
 def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models
 
     words = {f"w{index}": index for index in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0")
 
 
 def make_peft(folder: Path, count: int) -> Any:
@@ -104,6 +107,7 @@ def in_turn(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
             run()
             if repeat:
                 seconds[name].append(clock() - start)
+            print(f"{repeat} {name}: {clock() - start:.2f} s", file=sys.stderr, flush=True)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -154,9 +158,6 @@ def variants() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any
     names = [f"e{i % 16}" for i in range(ROWS)]
     prefill["peft mixed batch, 16 adapters"] = lambda: forward(peft, adapter_names=names)
     generation["peft mixed batch, 16 adapters"] = lambda: generate(peft, adapter_names=names)
-    one = ["e0"] * ROWS
-    prefill["peft mixed batch, 1 adapter"] = lambda: forward(peft, adapter_names=one)
-    generation["peft mixed batch, 1 adapter"] = lambda: generate(peft, adapter_names=one)
     return prefill, generation
 
 
@@ -213,8 +214,10 @@ def main() -> None:
     if arguments.write:
         machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores, one thread"
         versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-        text = f"`python benchmarks/engine.py --repeats {arguments.repeats}` on {machine}; {versions}; {DTYPE}.\n"
-        about = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
+        load = f"load average {os.getloadavg()[0]:.0f}" if hasattr(os, "getloadavg") else ""
+        command = f"ROWS={ROWS} python benchmarks/engine.py --repeats {arguments.repeats}"
+        text = f"`{command}` on {machine}, {load}; {versions}; {DTYPE}.\n"
+        about = (__doc__ or "").split("\n\n")[2].strip().replace("\n", " ")
         arguments.write.write_text(f"# Serving with experts\n\n{about}\n\n{text}\n{found}\n", encoding="utf-8")
 
 

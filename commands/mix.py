@@ -51,7 +51,7 @@ def command(
     """Assemble a mixture: experts of one base model behind a router.
 
     Takes the experts named, or all of the registry that belong to the base. With --shots an expert is kept if it
-    answers the shots better than the base model, or finds their answers likelier; the output says why each is in or out.
+    answers the shots better than the base model, or finds their answers likelier; the output says why.
     """
     from xpert.data import read_shots
     from xpert.experts.mixing import mix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from dataclasses import replace
 
 import click
@@ -58,10 +59,8 @@ def command(
         config = uvicorn.Config(
             create_app(runner), log_level="warning", timeout_graceful_shutdown=GRACE, access_log=False
         )
-        try:
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again once it has shut down
-            pass
         session.progress.say("stopped serving")
 
 

@@ -20,6 +20,7 @@ from xpert.storage import hash_file, hash_json, read_json
 
 if TYPE_CHECKING:
     import torch
+
     from xpert.language_model import LanguageModel
 
 __all__ = ["Adapter", "LowRank", "read_adapter"]

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import SFTTrainer
+
 from xpert.errors import BadInput
 from xpert.experts.training_data import Encoded
 

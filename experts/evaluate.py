@@ -139,38 +139,47 @@ def evaluate(
     subjects: Sequence[Subject],
     options: EvalOptions | None = None,
     *,
+    known: Evaluation | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Answers every item by every subject, greedily, and scores the answers.
 
     `encode` gives an item's prompt as token ids, `encode_answer` an answer's with the end of turn. Cost: one
-    generation and one likelihood per choice for each distinct (item, experts).
+    generation and one likelihood per choice for each distinct (item, experts), less what `known` (an evaluation of
+    the same items on the same engine) has answered.
     """
     options = options or EvalOptions()
     assigned = {subject.name: list(subject.assign(items)) for subject in subjects}
-    wanted = list(dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows)))
+    pairs = dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows))
+    made = _made(items, known)
+    wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
     outputs = _generate(engine, prompts, wanted, options, progress)
     choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
-    results = {
-        name: [
-            ItemResult(
-                id=item.row.id,
-                skill=item.skill,
-                output=outputs[index, experts],
-                score=score(item.metric, outputs[index, experts], item.answers),
-                choice=_is_right(item, choices.get((index, experts))),
-                experts=experts,
-            )
-            for index, (item, experts) in enumerate(zip(items, rows, strict=True))
-        ]
-        for name, rows in assigned.items()
-    }
+    for index, experts in wanted:
+        made[index, experts] = ItemResult(
+            id=items[index].row.id,
+            skill=items[index].skill,
+            output=outputs[index, experts],
+            score=score(items[index].metric, outputs[index, experts], items[index].answers),
+            choice=_is_right(items[index], choices.get((index, experts))),
+            experts=experts,
+        )
+    results = {name: [made[index, experts] for index, experts in enumerate(rows)] for name, rows in assigned.items()}
     return Evaluation(items, results, seed=seed, generated=len(wanted))
 
 
 _Pair = tuple[int, WeightedExperts]
+
+
+def _made(items: Sequence[SuiteItem], known: Evaluation | None) -> dict[_Pair, ItemResult]:
+    """The results that need not be computed again."""
+    if known is None:
+        return {}
+    if [item.row.id for item in known.items] != [item.row.id for item in items]:
+        raise ValueError("the known evaluation is of other items")
+    return {(index, result.experts): result for rows in known.results.values() for index, result in enumerate(rows)}
 
 
 def _generate(

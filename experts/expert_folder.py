@@ -13,7 +13,7 @@ from xpert.experts.train_options import TrainOptions
 from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
 from xpert.language_model import LanguageModel
 from xpert.records import Row
-from xpert.registry.card import BaseModel, EXEMPLARS_FILE, ExpertCard, Interval
+from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard, Interval
 from xpert.report.page import line_chart, write_page
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 

@@ -38,10 +38,7 @@ def mix(
     """
     options = router_options(router, router_params or {})
     model = _base_model(base) if base is not None else None
-    if experts is not None:
-        members = _named(experts, registry)
-    else:
-        members = _all_of_base(registry, model, progress)
+    members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
     mixture = assemble(
         members,
         router=router,

@@ -69,7 +69,7 @@ class MixtureExpert:
     def routable(self) -> RoutableExpert:
         """What routers may know. Of the training rows only those of the expert's own skills stand for it."""
         lines = _read_exemplars(self.folder / EXEMPLARS_FILE)
-        shot_skills = {line.get("skill") for line in lines if line.get("kind") == "shot"} - {None, ""}
+        shot_skills = {str(line["skill"]) for line in lines if line.get("kind") == "shot" and line.get("skill")}
         own = set(self.card.skills) or shot_skills
         kept = [
             line

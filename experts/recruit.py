@@ -104,7 +104,8 @@ def recruit(
 
 
 def score_shots(lm: LanguageModel, engine: Any, experts: WeightedExperts, shots: Shots) -> tuple[float, float]:
-    """(accuracy, perplexity) on the shots: exact match of greedy answers, and mean exp(mean NLL of answer tokens)."""
+    """(accuracy, perplexity) on the shots: the mean score of greedy answers by each shot's own metric (exact match
+    where it names none), and the mean of exp(mean NLL of its answer's tokens)."""
     from xpert.language_model import encode_example
 
     encoded = [encode_example(lm.tokenizer, row) for row in shots]
@@ -126,7 +127,8 @@ def score_shots(lm: LanguageModel, engine: Any, experts: WeightedExperts, shots:
 def _score(row: Row, output: str) -> float:
     given = row.columns.get("answers")
     answers = [str(answer) for answer in given] if isinstance(given, list) and given else [row.response]
-    return float(score("exact", output, answers))
+    metric = row.columns.get("metric")
+    return score(metric if isinstance(metric, str) else "exact", output, answers)
 
 
 def average_ranks(values: Sequence[float]) -> list[float]:

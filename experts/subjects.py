@@ -19,7 +19,16 @@ from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
 from xpert.registry.card import CARD_FILE
 
-__all__ = ["Entrant", "average", "control_subjects", "loaded_engine", "open_entrants", "run_entrants"]
+__all__ = [
+    "Entrant",
+    "average",
+    "control_subjects",
+    "loaded_engine",
+    "open_entrants",
+    "routed_subject",
+    "run_entrants",
+    "score_subjects",
+]
 
 RANDOM_SEEDS = 3
 
@@ -115,7 +124,9 @@ def run_entrants(
                     subjects.append(Subject.fixed(entrant.name, ()))
                     continue
                 keys = _add_experts(engine, entrant.mixture)
-                subjects.append(_routed(entrant.name, entrant.mixture, keys, seed=seed, device=device))
+                subjects.append(
+                    routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
+                )
                 if controls and len(entrant.mixture.experts) > 1:
                     found, groups = control_subjects(entrant.mixture, keys, seed=seed)
                     subjects += [s for s in found if s.name not in {other.name for other in subjects}]
@@ -136,6 +147,7 @@ def score_subjects(
     items: Sequence[SuiteItem],
     options: EvalOptions,
     *,
+    known: Evaluation | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -149,6 +161,7 @@ def score_subjects(
         items,
         subjects,
         options,
+        known=known,
         seed=seed,
         progress=progress,
     )
@@ -193,8 +206,9 @@ def _add_experts(engine: Any, mixture: Mixture) -> dict[str, str]:
     return keys
 
 
-def _routed(name: str, mixture: Mixture, keys: Mapping[str, str], *, seed: int, device: str) -> Subject:
-    return Subject(name, _assign(MixtureRouter(mixture, seed=seed, device=device), keys))
+def routed_subject(name: str, router: MixtureRouter, keys: Mapping[str, str]) -> Subject:
+    """A mixture's own routing; `keys` maps the mixture's keys to the engine's."""
+    return Subject(name, _assign(router, keys))
 
 
 def _by_router(name: str, mixture: Mixture, router: str, keys: Mapping[str, str], *, seed: int) -> Subject:

@@ -174,6 +174,7 @@ def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done:
 def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
     from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
+
     from xpert.experts.answer_trainer import AnswerTrainer, Spent, to_dataset
 
     options, cuda = run.options, run.lm.device.type == "cuda"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
 from xpert.experts.answer_trainer import Spent
 from xpert.experts.checkpoints import seal
 from xpert.progress import Progress, Task

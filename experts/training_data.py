@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from xpert.chat_form import encode_examples
 from xpert.data import open_pool, read_rows
 from xpert.errors import BadInput

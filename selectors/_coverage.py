@@ -28,7 +28,7 @@ _CELLS = 4_000_000
 
 SIMILARITIES: dict[str, Callable[[Floats], Floats]] = {
     "clip": lambda cosines: np.maximum(cosines, 0),
-    "shifted": lambda cosines: (cosines + np.float32(1)) * np.float32(0.5),
+    "shifted": lambda cosines: (1 + cosines) * np.float32(0.5),
 }
 """Cosines to similarities from 0: negative ones count as 0, or all are moved to 0..1."""
 
@@ -183,9 +183,7 @@ class GraphCoverage:
         targets = np.concatenate([np.repeat(np.arange(rows), neighbours.shape[1]), np.arange(rows)])
         candidates = np.concatenate([neighbours.ravel(), np.arange(rows)])
         values = np.concatenate([similarities.ravel(), np.ones(rows, dtype=np.float32)])
-        # An approximate search pads with -1 what it did not find; itself a row is added once, whether found or not.
-        real = (candidates >= 0) & (candidates != targets)
-        real[-rows:] = True
+        real = candidates >= 0  # an approximate index pads with -1 what it did not find
         targets, candidates, values = targets[real], candidates[real], values[real]
         order = np.argsort(candidates, kind="stable")
         self._targets, self._values = targets[order].astype(np.int32), np.round(values[order], 6)
@@ -213,7 +211,8 @@ class GraphCoverage:
     def take(self, candidate: int) -> None:
         edges = self._edges(candidate)
         targets = self._targets[edges]
-        self.covered[targets] = np.maximum(self.covered[targets], self._values[edges])
+        # A row may be its own neighbour twice (itself, and found by the search): `at` takes the greater.
+        np.maximum.at(self.covered, targets, self._values[edges])
         self.drop(candidate)
         self._round += 1
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.embedding import normalise
 from xpert.errors import BadInput
 from xpert.protocols import Floats
@@ -50,7 +52,7 @@ def cluster_count(setting: str, embeddings: Floats) -> int:
     """
     n = len(embeddings)
     if setting == "auto":
-        wanted = max(1, min(_MOST_CLUSTERS, round((n / 2) ** 0.5)))
+        wanted = max(1, min(_MOST_CLUSTERS, round(math.sqrt(n / 2))))
         return min(wanted, _different_rows(embeddings, wanted))
     if not re.fullmatch(r"[+-]?\d+", setting):
         raise BadInput(f"clusters is {setting!r}", hint="write a whole number, or auto")

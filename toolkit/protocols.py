@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.config import Config
 from xpert.progress import SILENT, Progress
 from xpert.records import Budget, Message, Shots

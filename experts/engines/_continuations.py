@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from xpert.errors import BadInput
 from xpert.experts.engines._kv_cache import gather
 from xpert.experts.engines._lora_plan import RowExperts, row_order

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+
 from xpert.errors import BadInput
 from xpert.experts.adapters import Adapter
 from xpert.experts.engines._kv_cache import RowCache, check_cacheable

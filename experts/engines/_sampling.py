@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from xpert.errors import BadInput
 from xpert.protocols import Sampling
 

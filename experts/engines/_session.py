@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
 from xpert.errors import BadInput, XpertError
 from xpert.experts.engines._kv_cache import RowCache, gather
 from xpert.experts.engines._lora_plan import Plan, RowExperts, row_order

@@ -1,23 +1,23 @@
-"""Nearest skill centroid over embedded exemplars: adding or removing an expert trains nothing.
+"""Nearest skill over embedded exemplars: adding or removing an expert trains nothing.
 
 First form of RouterRetriever (https://arxiv.org/abs/2409.02685): an expert's pilots are the centroids of its
-exemplar prompts, one per skill.
+exemplar prompts, one per skill. Exemplars of one skill often lie in several places, where their mean describes none
+of them, so by default a skill is as near as its three nearest exemplars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
-from xpert.experts.routers._familiarity import Familiarity
 from xpert.experts.routers._choice import ranked, softmax_weights
+from xpert.experts.routers._familiarity import Familiarity
 from xpert.protocols import Candidate, EmbedderContext, Floats, RoutableExpert, Route, RouteRequest
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ __all__ = ["PLUGIN", "CentroidOptions", "CentroidRouter"]
 NEIGHBOURS = 3
 """Exemplars of a skill whose mean cosine is the skill's score in mode `nearest`."""
 
-FOLDS = 3
+FOLDS = 2
+ENOUGH = 8
+"""Left-out exemplars from which a skill gets a threshold of its own."""
 
 
 @dataclass(frozen=True)
 class CentroidOptions(Config):
     embedder: str = option("lsa", "how prompts are embedded: lsa (fitted on the exemplars), minilm, st:NAME or lm")
     mode: str = option(
-        "centroid", "similarity to a skill's centroid, or to its nearest exemplars", choices=("centroid", "nearest")
+        "nearest", "similarity to a skill's nearest exemplars, or to its centroid", choices=("nearest", "centroid")
     )
     top: int = option(1, "how many experts answer together", minimum=1)
     temperature: float = option(0.05, "of the softmax over cosines that weights them, if top > 1", minimum=1e-6)
@@ -44,7 +46,7 @@ class CentroidOptions(Config):
     )
     reject: float = option(
         0.02,
-        "sets the threshold: this share of the exemplars, scored while left out, lies under it",
+        "sets the threshold: this share of a skill's exemplars, scored while left out, lies under it",
         minimum=0,
         maximum=1,
     )
@@ -81,7 +83,7 @@ class CentroidRouter:
         self._fitted = name == "lsa"
         self.space: _Space | None = None
         self.groups: list[_Group] = []
-        self.threshold = -1.0
+        self.thresholds: list[float] = []
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
         """Raises BadInput for an expert without exemplars: it could never be reached."""
@@ -99,7 +101,7 @@ class CentroidRouter:
         embedder = self._new_embedder()
         self.space = _Space(self.groups, embedder, self.options.mode, fit=self._fitted)
         given = self.options.threshold
-        self.threshold = self._calibrated(embedder) if given is None else given
+        self.thresholds = self._calibrated(embedder) if given is None else [given] * len(self.groups)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         if self.space is None:
@@ -111,37 +113,50 @@ class CentroidRouter:
 
     def _route(self, scores: Floats) -> Route:
         best: dict[str, float] = {}
-        label: dict[str, str] = {}
-        for group, score in zip(self.groups, scores.tolist(), strict=True):
-            if score > best.get(group.expert, -2.0):
-                best[group.expert], label[group.expert] = score, group.label
+        nearest: dict[str, int] = {}
+        for index, score in enumerate(scores.tolist()):
+            key = self.groups[index].expert
+            if score > best.get(key, -2.0):
+                best[key], nearest[key] = score, index
         candidates = ranked(best)
         first = candidates[0]
-        nearest = f"nearest skill {label[first.expert]!r} of {first.expert}, cosine {first.score:.2f}"
-        if first.score < self.threshold:
-            return Route((), candidates, f"{nearest}, is under the threshold {self.threshold:.2f}; the base answers")
-        chosen = [c for c in candidates[: self.options.top] if c.score >= self.threshold]
-        weights = softmax_weights(chosen, temperature=self.options.temperature)
-        return Route(weights, candidates, nearest + _rest(candidates, label))
+        reason = f"nearest skill {self._label(nearest, first)!r} of {first.expert}, cosine {first.score:.2f}"
+        threshold = self.thresholds[nearest[first.expert]]
+        if first.score < threshold:
+            return Route((), candidates, f"{reason}, is under its threshold {threshold:.2f}; the base answers")
+        if len(candidates) > 1:
+            second = candidates[1]
+            reason += f"; next {self._label(nearest, second)!r} of {second.expert}, {second.score:.2f}"
+        chosen = [
+            candidate
+            for candidate in candidates[: self.options.top]
+            if candidate.score >= self.thresholds[nearest[candidate.expert]]
+        ]
+        return Route(softmax_weights(chosen, temperature=self.options.temperature), candidates, reason)
 
-    def _calibrated(self, embedder: Embedder) -> float:
-        """The `reject` quantile of the exemplars' scores for their own skill, in spaces made without them.
+    def _label(self, nearest: Mapping[str, int], candidate: Candidate) -> str:
+        return self.groups[nearest[candidate.expert]].label
 
-        Every FOLDS-th exemplar of each group is left out in turn.
+    def _calibrated(self, embedder: Embedder) -> list[float]:
+        """Per skill, the `reject` quantile of its exemplars' scores for it, in spaces made without them.
+
+        Every FOLDS-th exemplar of each group is left out in turn. A skill with fewer than ENOUGH takes the quantile
+        of all skills together.
         """
-        own: list[NDArray[np.float32]] = []
+        own: list[list[float]] = [[] for _ in self.groups]
         for fold in range(FOLDS):
             kept = [_Group(g.expert, g.label, _without(g.texts, fold)) for g in self.groups]
-            left_out = [(i, text) for i, g in enumerate(self.groups) for text in g.texts[fold::FOLDS] if kept[i].texts]
-            if left_out:
-                present = [i for i, group in enumerate(kept) if group.texts]
-                place = {i: column for column, i in enumerate(present)}
-                maker = self._new_embedder() if self._fitted else embedder
-                space = _Space([kept[i] for i in present], maker, self.options.mode, fit=self._fitted)
-                scores = space.scores([text for _, text in left_out])
-                own.append(scores[np.arange(len(left_out)), [place[i] for i, _ in left_out]])
-        # Experts known by a single exemplar leave nothing to compare with: then any likeness is enough.
-        return float(np.quantile(np.concatenate(own), self.options.reject, method="lower")) if own else 1e-5
+            present = [index for index, group in enumerate(kept) if group.texts]
+            left_out = [(place, text) for place, i in enumerate(present) for text in self.groups[i].texts[fold::FOLDS]]
+            if not left_out:
+                continue
+            maker = self._new_embedder() if self._fitted else embedder
+            space = _Space([kept[index] for index in present], maker, self.options.mode, fit=self._fitted)
+            scores = space.scores([text for _, text in left_out])
+            for row, (place, _) in zip(scores, left_out, strict=True):
+                own[present[place]].append(float(row[place]))
+        together = _low([score for scores in own for score in scores], self.options.reject)
+        return [_low(scores, self.options.reject) if len(scores) >= ENOUGH else together for scores in own]
 
 
 class _Space:
@@ -193,14 +208,13 @@ def _nearest_mean(similar: Floats) -> Floats:
 
 def _unit(vectors: Floats) -> Floats:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.maximum(length, 1e-12)).astype(np.float32)
+    unit: Floats = (vectors / np.maximum(length, 1e-12)).astype(np.float32)
+    return unit
 
 
-def _rest(candidates: tuple[Candidate, ...], label: dict[str, str]) -> str:
-    if len(candidates) < 2:
-        return ""
-    second = candidates[1]
-    return f"; next {label[second.expert]!r} of {second.expert}, {second.score:.2f}"
+def _low(scores: Sequence[float], share: float) -> float:
+    # Exemplars that stand alone leave nothing to compare with: then any likeness is enough.
+    return float(np.quantile(scores, share, method="lower")) if scores else 1e-5
 
 
 PLUGIN = CentroidRouter

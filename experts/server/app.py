@@ -192,7 +192,11 @@ class _Service:
         """The pieces of one reply. Left before its end, the request gives up its place in the batch."""
         arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         events = asyncio.get_running_loop()
-        self.loop.submit(job.request, lambda item: events.call_soon_threadsafe(arrived.put_nowait, item))
+
+        def hear(item: Piece | Exception) -> None:
+            events.call_soon_threadsafe(arrived.put_nowait, item)
+
+        self.loop.submit(job.request, hear)
         finished = False
         try:
             while not finished:

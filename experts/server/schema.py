@@ -57,6 +57,8 @@ class ChatMessage(_Model):
 
     def to_message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ParameterError("the content is not valid Unicode: it holds half a surrogate pair", "messages")
         return Message("system" if self.role == "developer" else self.role, text)
 
 
@@ -118,9 +120,8 @@ def parse(model: type[M], value: Any) -> M:
         raise ParameterError("the body must be a JSON object", None)
     given = {key: item for key, item in value.items() if item is not None}
     for name, neutral in _NEUTRAL.items():
-        if name in given and name not in model.model_fields:
-            if given.pop(name) not in neutral:
-                raise ParameterError(f"the parameter {name!r} is not supported", name, hint="leave it out")
+        if name in given and name not in model.model_fields and given.pop(name) not in neutral:
+            raise ParameterError(f"the parameter {name!r} is not supported", name, hint="leave it out")
     try:
         return model.model_validate(given)
     except ValidationError as error:

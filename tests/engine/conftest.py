@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.language_model import LanguageModel, load_model
 from xpert.protocols import EngineRequest, Sampling, WeightedExperts

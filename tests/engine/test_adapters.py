@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.experts.adapters import read_adapter
 from xpert.experts.engines.torch_lora import TorchEngine

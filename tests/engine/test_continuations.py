@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from xpert.errors import BadInput
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.language_model import LanguageModel

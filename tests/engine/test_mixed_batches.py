@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from xpert.experts.engines._lora_layers import applied
 from xpert.experts.engines._lora_plan import CostModel, Planner, row_order
 from xpert.experts.engines.torch_lora import TorchEngine
@@ -187,6 +188,7 @@ def test_the_requests_own_seed_alone_decides(
 def test_bfloat16_stays_near(tiny_base: Any, folders: dict[str, Any], lm: LanguageModel, attention: str) -> None:
     """bf16 keeps 8 bits: logits within 3 % of their range of the float32 engine's, on this two-layer model."""
     import torch
+
     from xpert.language_model import load_model
 
     half = load_model(str(tiny_base), device="cpu", dtype="bfloat16")

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xpert.experts.adapters import Adapter, LowRank
 from xpert.experts.engines._lora_plan import CostModel, Planner, RowExperts, _runs, _union, row_order
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.engines._lora_layers import applied
 from xpert.experts.engines._reply_text import ReplyText
@@ -350,6 +351,7 @@ def test_an_id_in_flight_is_refused(engine: TorchEngine, ask: Ask) -> None:
 
 def test_top_p_keeps_the_likeliest_and_frequencies_follow_the_model() -> None:
     import torch
+
     from xpert.experts.engines._sampling import Chooser, choose
     from xpert.protocols import Sampling
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from xpert.features import Features
 from xpert.records import Message, Row, Shots
 from xpert.storage import hash_texts

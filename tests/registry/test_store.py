@@ -208,8 +208,8 @@ def test_names_of_one_kind_and_case(registry: Registry, expert: Maker, tmp_path:
 def test_search(registry: Registry, expert: Maker, full_text: bool) -> None:
     registry.publish(expert("x", seed=9), "seed/x")
     if not full_text:
-        for index in registry.folder.glob("index.sqlite*"):
-            index.unlink()
+        for file in registry.folder.glob("index.sqlite*"):
+            file.unlink()
         with Index.open(registry.folder / "index.sqlite", full_text=False) as index:
             assert not index.has_words
     registry.publish(expert("a", description="French translation, café"), "acme/one")

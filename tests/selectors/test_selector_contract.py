@@ -19,7 +19,7 @@ from xpert.records import Budget, Message, Row, Shots
 from xpert.selection import choose
 
 # Settings beside the defaults that are methods of their own.
-VARIANTS = [(name, {}) for name in plugins.names("selector")] + [
+VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in plugins.names("selector")] + [
     ("facility", {"mode": "exact"}),
     ("facility", {"mode": "sparse", "neighbours": 5}),
     ("facility", {"mode": "shots"}),

@@ -24,7 +24,8 @@ def points(rows: int, seed: int, *, d: int = 6) -> Any:
 
 
 def plain_greedy(similar: Any, wanted: int, bonus: Any = 0.0) -> list[int]:
-    covered, taken = np.zeros(similar.shape[1]), []
+    taken: list[int] = []
+    covered = np.zeros(similar.shape[1])
     for _ in range(wanted):
         gains = np.maximum(similar - covered, 0).sum(axis=1) + bonus
         gains[taken] = -np.inf

@@ -32,7 +32,7 @@ def peft_greedy(base: Path, adapter: Path | None, messages: Sequence[Message], m
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     chat = [{"role": m.role, "content": m.content} for m in messages]
@@ -55,7 +55,7 @@ def test_run_equals_plain_peft(
 ) -> None:
     far = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich"
     prompts = [*prompts_of(columns, 9), {"id": "far", "instruction": far, "input": "", "skill": "none"}]
-    mixture = mixture_file()
+    mixture = mixture_file(threshold=0.1)
     out = tmp_path / "answers.jsonl"
     result = xpert(
         "run", mixture, "--prompts", write_jsonl("p.jsonl", prompts), "-o", out, "--max-tokens", 12, "--max-batch", 4
@@ -132,7 +132,9 @@ def test_a_weighted_set_answers_together(make_expert: Callable[..., Path], tmp_p
     from xpert.experts.routing import MixtureRouter, route_request
 
     experts = [open_expert(make_expert("casing", seed=1)), open_expert(make_expert("city", seed=2))]
-    weighted = [MixtureExpert(e.key, e.ref, e.fingerprint, e.folder, w) for e, w in zip(experts, (3.0, 1.0), strict=True)]
+    weighted = [
+        MixtureExpert(e.key, e.ref, e.fingerprint, e.folder, w) for e, w in zip(experts, (3.0, 1.0), strict=True)
+    ]
     router = MixtureRouter(assemble(weighted, router="fixed"))
     (route,) = router.route([route_request(Row("1", (Message("user", "hello"),), ""))])
     assert route.experts == (("casing", 0.75), ("city", 0.25))
@@ -158,7 +160,8 @@ def test_mix_and_route(
     result = xpert("route", out, "--prompts", write_jsonl("p.jsonl", prompts))
     assert result.exit_code == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["experts"][0]["expert"] for line in lines] == [f"me/{row['skill']}" for row in prompts]
+    assert [line["candidates"][0]["expert"] for line in lines] == [f"me/{row['skill']}" for row in prompts]
+    assert sum(bool(line["experts"]) for line in lines) >= 11  # the threshold may refuse a rare one of its own
     assert all(len(line["candidates"]) == 3 and line["reason"] for line in lines)
 
 

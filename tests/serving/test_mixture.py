@@ -55,7 +55,7 @@ def test_registered_experts_and_mixtures(make_expert: Callable[..., Path], tmp_p
     assert load_mixture("me/both@1", registry).keys == ("me/casing", "me/city")
     assert load_mixture("me/both", registry).name == "me/both"
     assert load_mixture("me/city", registry).router == "fixed"
-    with pytest.raises(NotFound, match="(?i)did you mean 'me/casing"):
+    with pytest.raises(NotFound, match=r"(?i)did you mean 'me/casing"):
         load_mixture("me/casign", registry)
 
 

@@ -134,7 +134,9 @@ def test_stop_and_sampling(client: openai.OpenAI, served: Served) -> None:
 
 def test_content_parts_and_neutral_parameters(client: openai.OpenAI, served: Served) -> None:
     content = CASING[0]["content"]
-    parts: Any = [{"role": "user", "content": [{"type": "text", "text": content[:5]}, {"type": "text", "text": content[5:]}]}]
+    parts: Any = [
+        {"role": "user", "content": [{"type": "text", "text": content[:5]}, {"type": "text", "text": content[5:]}]}
+    ]
     options: Any = {"presence_penalty": 0, "logprobs": False, "response_format": {"type": "text"}, "n": 1, "user": "me"}
     answer = client.chat.completions.create(model="me/casing", messages=parts, max_tokens=6, **options)
     assert answer.choices[0].message.content == served.greedy("me/casing", content, 6)
@@ -193,7 +195,12 @@ def test_a_client_that_leaves_frees_its_place(served: Served) -> None:
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_mistakes(
-    client: openai.OpenAI, change: dict[str, Any], error: type[openai.APIStatusError], param: str | None, message: str, stream: bool
+    client: openai.OpenAI,
+    change: dict[str, Any],
+    error: type[openai.APIStatusError],
+    param: str | None,
+    message: str,
+    stream: bool,
 ) -> None:
     options: dict[str, Any] = {"model": "pair", "messages": CASING, "max_tokens": 4, **change}
     with pytest.raises(error, match=message) as caught:
@@ -209,13 +216,16 @@ def test_mistakes(
         ("POST", "/v1/chat/completions", b"[]", 400),
         ("POST", "/v1/chat/completions", b"\xff\xfe", 400),
         ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/route", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
         ("POST", "/v1/chat/completions", b" " * (9 << 20), 413),
         ("POST", "/v1/route", b"{}", 400),
         ("GET", "/v1/chat/completions", None, 405),
         ("GET", "/v1/nothing", None, 404),
     ],
 )
-def test_every_error_has_openais_form(served: Served, method: str, path: str, content: bytes | None, status: int) -> None:
+def test_every_error_has_openais_form(
+    served: Served, method: str, path: str, content: bytes | None, status: int
+) -> None:
     response = httpx.request(method, served.url + path, content=content)
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
@@ -308,5 +318,3 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
         process.wait()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors and "stopped serving" in errors
-
-

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.language_model import load_model, load_tokenizer, model_fingerprint, resolve_device
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+
 from xpert.errors import BadInput
 from xpert.experts import checkpoints
 from xpert.experts.train import TrainOptions, lora_config, train
@@ -87,6 +88,7 @@ def test_the_trainer_sees_the_encoded_rows_and_learns_their_answers(tiny_base: P
 def test_the_loss_is_the_plain_one_over_answer_tokens(tiny_base: Path, rows: list[Row]) -> None:
     import torch
     from torch.nn import functional
+
     from xpert.experts.answer_trainer import answer_loss, to_dataset
 
     lm = load_model(str(tiny_base), device="cpu")
@@ -111,6 +113,7 @@ def test_the_loss_is_the_plain_one_over_answer_tokens(tiny_base: Path, rows: lis
 def test_the_trainer_s_loss_equals_trl_s(tiny_base: Path, rows: list[Row], tmp_path: Path) -> None:
     import torch
     from trl import SFTTrainer
+
     from xpert.experts import train as module
 
     encoded = encode_rows(load_tokenizer(str(tiny_base)), rows[:8], 512)
@@ -142,6 +145,7 @@ def test_an_untrained_adapter_is_the_base(tiny_base: Path) -> None:
 
 def test_batches_are_of_like_length_and_hold_each_row_once() -> None:
     import numpy as np
+
     from xpert.experts.answer_trainer import LengthBatches
 
     lengths = np.random.default_rng(0).integers(1, 500, 203).tolist()
