@@ -183,7 +183,9 @@ class GraphCoverage:
         targets = np.concatenate([np.repeat(np.arange(rows), neighbours.shape[1]), np.arange(rows)])
         candidates = np.concatenate([neighbours.ravel(), np.arange(rows)])
         values = np.concatenate([similarities.ravel(), np.ones(rows, dtype=np.float32)])
-        real = candidates >= 0  # an approximate index pads with -1 what it did not find
+        # An approximate search pads with -1 what it did not find; itself a row is added once, whether found or not.
+        real = (candidates >= 0) & (candidates != targets)
+        real[-rows:] = True
         targets, candidates, values = targets[real], candidates[real], values[real]
         order = np.argsort(candidates, kind="stable")
         self._targets, self._values = targets[order].astype(np.int32), np.round(values[order], 6)
@@ -211,8 +213,7 @@ class GraphCoverage:
     def take(self, candidate: int) -> None:
         edges = self._edges(candidate)
         targets = self._targets[edges]
-        # A row may be its own neighbour twice (itself, and found by the search): `at` takes the greater.
-        np.maximum.at(self.covered, targets, self._values[edges])
+        self.covered[targets] = np.maximum(self.covered[targets], self._values[edges])
         self.drop(candidate)
         self._round += 1
 
