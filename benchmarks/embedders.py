@@ -48,9 +48,13 @@ def main() -> None:
     parser.add_argument("--shots", type=Path, required=True)
     parser.add_argument("--base", help="the base model of lm")
     parser.add_argument("--top", type=int, default=500)
+    parser.add_argument("--sample", type=int, help="measure on this many rows of the pool, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     pool, shots = read_rows(options.pool), list(read_shots(options.shots))
+    if options.sample:
+        drawn = np.random.default_rng(options.seed).permutation(len(pool))[: options.sample]
+        pool = [pool[row] for row in np.sort(drawn).tolist()]
     skills = np.array([row.skill for row in pool])
     wanted = sorted({str(row.skill) for row in shots} & set(skills.tolist()))
     counts = np.array([(skills == skill).sum() for skill in wanted])

@@ -28,7 +28,7 @@ _CELLS = 4_000_000
 
 SIMILARITIES: dict[str, Callable[[Floats], Floats]] = {
     "clip": lambda cosines: np.maximum(cosines, 0),
-    "shifted": lambda cosines: (1 + cosines) * np.float32(0.5),
+    "shifted": lambda cosines: (cosines + np.float32(1)) * np.float32(0.5),
 }
 """Cosines to similarities from 0: negative ones count as 0, or all are moved to 0..1."""
 

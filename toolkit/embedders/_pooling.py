@@ -41,8 +41,8 @@ def mean_pooled(
     lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    with progress.task(title, total=len(encoded)) as task, torch.inference_mode():
-        task.advance(len(encoded) - len(order))
+    # Counted in tokens: long texts come first, and a rate in texts would promise far too long a wait.
+    with progress.task(f"{title}, tokens", total=int(lengths.sum())) as task, torch.inference_mode():
         start = 0
         while start < len(order):
             width = int(lengths[order[start]])
@@ -56,6 +56,6 @@ def mean_pooled(
             weight = mask.to(device).unsqueeze(-1).float()
             means = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
             rows[batch] = normalise(means.cpu().numpy())
-            task.advance(len(batch))
+            task.advance(int(lengths[batch].sum()), f"{start + len(batch):,} of {len(encoded):,} texts")
             start += len(batch)
     return rows

@@ -27,6 +27,7 @@ __all__ = ["PLUGIN", "Lsa", "Settings"]
 
 _BLOCK = 8192
 _SMALL_POOL = 1000
+_FEWEST_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Settings:
     """Chosen by measurement: benchmarks/results/embedders.md."""
 
     dimensions: int = 256
+    rows_per_dimension: int = 8
+    """A pool smaller than dimensions times this gets fewer (but 16): each more would be the mark of a few rows."""
     words: tuple[int, int] = (1, 3)
     pattern: str = r"\w+|[^\w\s]"
     min_rows: int = 2
@@ -62,7 +65,7 @@ class Lsa:
         return f"lsa/2 sklearn={version} seed={self._seed} {self._settings}"
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Learns terms, weights and axes. There are at most as many axes as rows and as terms."""
+        """Learns terms, weights and axes. There are fewer axes where rows or terms are few."""
         self.fit_embed(texts)
 
     def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
@@ -84,19 +87,24 @@ class Lsa:
                 raise
             self._terms = []
             return np.zeros((len(texts), len(self._axes)), np.float32)
+        counts.sort_indices()  # as `transform` has them, so that both sum in one order and agree to the bit
         self._terms = vectorizer.get_feature_names_out().tolist()
         rows_with = np.bincount(counts.indices, minlength=len(self._terms))
         self._idf = (np.log((1 + len(texts)) / (1 + rows_with)) + 1).astype(np.float32)
         matrix = self._weigh(counts)
-        progress.say(f"reducing {matrix.shape[1]:,} terms to {min(settings.dimensions, *matrix.shape)} dimensions")
+        progress.say(f"reducing {matrix.shape[1]:,} terms to {self._rank(*matrix.shape)} dimensions")
         self._axes = self._main_axes(matrix)
         return normalise(matrix @ self._axes.T)
+
+    def _rank(self, rows: int, terms: int) -> int:
+        fit = max(_FEWEST_DIMENSIONS, rows // self._settings.rows_per_dimension)
+        return min(self._settings.dimensions, fit, rows, terms)
 
     def _main_axes(self, matrix: csr_matrix) -> Floats:
         """[d, terms]: the right singular vectors, scaled so that `matrix @ axes.T` is U s**power."""
         from sklearn.utils.extmath import randomized_svd
 
-        rank = min(self._settings.dimensions, *matrix.shape)
+        rank = self._rank(*matrix.shape)
         _, strengths, axes = randomized_svd(
             matrix, rank, n_iter=self._settings.passes, power_iteration_normalizer="LU", random_state=self._seed
         )

