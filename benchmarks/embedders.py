@@ -18,14 +18,16 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
 from xpert.data import read_rows, read_shots
 from xpert.embedders.lsa import Lsa, Settings
 from xpert.embedding import open_embedder
 from xpert.features import FIELDS
 from xpert.progress import StreamProgress
-from xpert.protocols import Embedder, EmbedderContext, Floats
+from xpert.protocols import EmbedderContext, Floats
 from xpert.records import Row
 from xpert.similarity import max_similarity
 
@@ -95,7 +97,7 @@ def measure(spec: str, pool: list[Row], shots: list[Row], wanted: list[str], opt
     return Figures(shares.mean(), shares.min(), hits[:, :100].mean(), embeddings.shape[1], spent)
 
 
-def parse(spec: str, options: argparse.Namespace) -> tuple[Embedder, str]:
+def parse(spec: str, options: argparse.Namespace) -> tuple[Any, str]:
     name, _, field = spec.rpartition(":")
     if field not in FIELDS:
         name, field = spec, "prompt"

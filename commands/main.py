@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+
 import xpert
 from xpert.errors import XpertError, nearest
 

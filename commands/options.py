@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from xpert.config import Config, field_type, read_yaml
 from xpert.errors import BadInput, unknown
 from xpert.progress import SILENT, Progress, StreamProgress
@@ -93,7 +94,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-_CLICK_TYPES: dict[type, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+_CLICK_TYPES: dict[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 
 
 def config_options(

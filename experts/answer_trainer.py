@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.data import Sampler
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
+
 from xpert.errors import BadInput
 from xpert.experts.training_data import Encoded
 
@@ -98,7 +99,7 @@ def answer_loss(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     return functional.cross_entropy(logits.float(), targets, reduction="sum"), wanted.sum()
 
 
-class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
+class AnswerTrainer(SFTTrainer):
     """SFTTrainer that counts what it spends, stops at a loss that is no number, and saves work on a CPU."""
 
     def __init__(self, *args: Any, lengths: Sequence[int], row_ids: Sequence[str], spent: Spent, **options: Any):
@@ -111,7 +112,9 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         batches = math.ceil(len(self._lengths) / (self.args.train_batch_size * self.args.world_size))
-        return math.ceil(math.ceil(batches / self.args.gradient_accumulation_steps) * self.args.num_train_epochs)
+        per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        steps: int = math.ceil(per_epoch * self.args.num_train_epochs)
+        return steps
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBatches:
         return LengthBatches(self._lengths, self.args.train_batch_size, self.args.seed)
@@ -119,7 +122,7 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        training = self.model.training
+        training = bool(self.model.training)  # type: ignore[union-attr]
         if training:
             self._count(inputs)
         if self.args.device.type == "cpu" and not self.aux_loss_enabled and not return_outputs:
@@ -129,7 +132,7 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         else:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if training and not torch.isfinite(loss if not return_outputs else loss[0]):
             self._refuse(inputs)
         return loss
@@ -149,7 +152,8 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
         self.spent.supervised += supervised
 
     def _refuse(self, inputs: dict[str, Any]) -> None:
-        known = {tuple(ids): name for ids, name in zip(self.train_dataset["input_ids"], self._row_ids, strict=True)}
+        dataset: Any = self.train_dataset
+        known = {tuple(ids): name for ids, name in zip(dataset["input_ids"], self._row_ids, strict=True)}
         lengths = inputs["attention_mask"].sum(1).tolist()
         sequences = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
         rows = ", ".join(known.get(tuple(ids), "?") for ids in sequences)

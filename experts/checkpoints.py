@@ -72,7 +72,7 @@ def seal(checkpoint: Path) -> None:
 def last_checkpoint(work: Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint, and the torn ones met before it."""
     found = [(int(match[1]), path) for path in work.iterdir() if (match := _NAME.fullmatch(path.name))]
-    torn = []
+    torn: list[Path] = []
     for _, path in sorted(found, reverse=True):
         if _is_whole(path):
             return path, torn

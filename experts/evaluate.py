@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.config import Config, option
-from xpert.errors import BadInput
 from xpert.experts.metrics import check_metric, normalise, score
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
@@ -120,18 +120,14 @@ class Evaluation:
 
 
 def usable_items(items: Sequence[SuiteItem], options: EvalOptions) -> list[SuiteItem]:
-    """The items that will be run, after --skip-metric and --limit. Raises where a metric cannot run or none is left."""
+    """The items that will be run, after --limit. Raises where a metric cannot run."""
     kept: list[SuiteItem] = []
     per_skill: dict[str, int] = {}
     for item in items:
-        if item.metric in options.skip_metric:
-            continue
         check_metric(item.metric)
         per_skill[item.skill] = per_skill.get(item.skill, 0) + 1
         if options.limit is None or per_skill[item.skill] <= options.limit:
             kept.append(item)
-    if not kept:
-        raise BadInput("the suite has no item left to run", hint="check --skip-metric")
     return kept
 
 
@@ -143,38 +139,47 @@ def evaluate(
     subjects: Sequence[Subject],
     options: EvalOptions | None = None,
     *,
+    known: Evaluation | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Answers every item by every subject, greedily, and scores the answers.
 
     `encode` gives an item's prompt as token ids, `encode_answer` an answer's with the end of turn. Cost: one
-    generation and one likelihood per choice for each distinct (item, experts).
+    generation and one likelihood per choice for each distinct (item, experts), less what `known` (an evaluation of
+    the same items on the same engine) has answered.
     """
     options = options or EvalOptions()
     assigned = {subject.name: list(subject.assign(items)) for subject in subjects}
-    wanted = list(dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows)))
+    pairs = dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows))
+    made = _made(items, known)
+    wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
     outputs = _generate(engine, prompts, wanted, options, progress)
     choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
-    results = {
-        name: [
-            ItemResult(
-                id=item.row.id,
-                skill=item.skill,
-                output=outputs[index, experts],
-                score=score(item.metric, outputs[index, experts], item.answers),
-                choice=_is_right(item, choices.get((index, experts))),
-                experts=experts,
-            )
-            for index, (item, experts) in enumerate(zip(items, rows, strict=True))
-        ]
-        for name, rows in assigned.items()
-    }
+    for index, experts in wanted:
+        made[index, experts] = ItemResult(
+            id=items[index].row.id,
+            skill=items[index].skill,
+            output=outputs[index, experts],
+            score=score(items[index].metric, outputs[index, experts], items[index].answers),
+            choice=_is_right(items[index], choices.get((index, experts))),
+            experts=experts,
+        )
+    results = {name: [made[index, experts] for index, experts in enumerate(rows)] for name, rows in assigned.items()}
     return Evaluation(items, results, seed=seed, generated=len(wanted))
 
 
 _Pair = tuple[int, WeightedExperts]
+
+
+def _made(items: Sequence[SuiteItem], known: Evaluation | None) -> dict[_Pair, ItemResult]:
+    """The results that need not be computed again."""
+    if known is None:
+        return {}
+    if [item.row.id for item in known.items] != [item.row.id for item in items]:
+        raise ValueError("the known evaluation is of other items")
+    return {(index, result.experts): result for rows in known.results.values() for index, result in enumerate(rows)}
 
 
 def _generate(

@@ -13,7 +13,7 @@ from xpert.experts.train_options import TrainOptions
 from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
 from xpert.language_model import LanguageModel
 from xpert.records import Row
-from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard, Interval
 from xpert.report.page import line_chart, write_page
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
@@ -76,7 +76,7 @@ def write_expert(out: Path, trained: Trained) -> None:
         write_file(draft / LOG_FILE, "".join(json.dumps(record) + "\n" for record in trained.log))
         write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
         card = _card(out.name, trained, adapter)
-        write_file(draft / "README.md", _readme(card))
+        write_file(draft / "README.md", model_card(card, on_hub=trained.lm.on_hub))
         _report(draft / "report.html", card, trained)
         files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
         ExpertCard(**{**vars(card), "files": files}).write(draft)
@@ -87,7 +87,7 @@ def _settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
     set-valued entries, which changes from run to run."""
     config: dict[str, Any] = read_json(path)
     name, _, revision = lm.ref.partition("@")
-    from_hub = not Path(lm.ref).expanduser().exists()
+    from_hub = lm.on_hub
     config["base_model_name_or_path"] = name if from_hub else str(lm.folder.resolve())
     config["revision"] = (revision or None) if from_hub else None
     for key, value in config.items():
@@ -132,19 +132,18 @@ def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
     """Prompts the expert was trained for, shots first; held-out shots are what it is meant for as well."""
     shots = [*(row for row in rows if row in data.rows[: data.shots]), *data.validation]
     others = [row for row in rows if row not in data.rows[: data.shots]]
-    lines = []
+    lines: list[dict[str, Any]] = []
     for kind, group in (("shot", shots), ("row", others)):
         chosen = group[: EXEMPLARS - len(lines)]
         lines += [{"prompt": row.prompt, "skill": row.skill, "kind": kind} for row in chosen]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _readme(card: ExpertCard) -> str:
+def model_card(card: ExpertCard, *, on_hub: bool) -> str:
     """A model card as the Hugging Face Hub reads it."""
     import yaml
 
     figures = card.training["figures"]
-    on_hub = not Path(card.base.ref).expanduser().exists()
     head: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -174,12 +173,27 @@ def _readme(card: ExpertCard) -> str:
     table = "\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in rows)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n# {card.name}\n\n"
-        f"{card.description}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{card.description}\n\n| | |\n|---|---|\n{table}\n\n{_skill_table(card)}"
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")\n```\n\n'
         "`expert.json` says how it came to be; `report.html` shows the course of its training.\n"
     )
+
+
+def _skill_table(card: ExpertCard) -> str:
+    if card.profile is None:
+        return ""
+    lines = [
+        f"| {skill} | {score.metric} | {score.expert.n} | {_shown(score.base)} | {_shown(score.expert)} |"
+        for skill, score in card.profile.skills.items()
+    ]
+    head = f"Scores in hundredths on {card.profile.suite}, with 95 % bootstrap intervals:"
+    return f"{head}\n\n| skill | metric | items | base | expert |\n|---|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
+
+
+def _shown(interval: Interval) -> str:
+    return f"{100 * interval.score:.1f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
 def _report(path: Path, card: ExpertCard, trained: Trained) -> None:

@@ -72,7 +72,7 @@ def train(
     progress = progress if main else SILENT
     for other in other_work(out, key):
         progress.say(f"Another configuration's unfinished work is kept in {other} until this expert is done.")
-    with work_folder(out, key, lock=main) as work, quiet_transformers(), _no_future_warnings(), disk_errors(out):
+    with work_folder(out, key, lock=main) as work, quiet_transformers(), _quiet_warnings(), disk_errors(out):
         run = _prepare(work, options, seed, data, base, device, progress)
         trained = _train(run, key)
         if main:
@@ -173,7 +173,8 @@ def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done:
 
 def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
     from transformers import PrinterCallback
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
+
     from xpert.experts.answer_trainer import AnswerTrainer, Spent, to_dataset
 
     options, cuda = run.options, run.lm.device.type == "cuda"
@@ -196,7 +197,6 @@ def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
         bf16=cuda and str(run.lm.dtype) == "torch.bfloat16",
         use_cpu=not cuda,
         activation_checkpointing=options.activation_checkpointing,
-        gradient_checkpointing=None,  # the old name of the same, which trl would turn on
         save_strategy="steps",
         save_steps=options.checkpoint_steps,
         save_total_limit=2,  # the one before counts until the newest is sealed
@@ -259,10 +259,12 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
 
 
 @contextmanager
-def _no_future_warnings() -> Iterator[None]:
+def _quiet_warnings() -> Iterator[None]:
     """What trl and transformers tell each other of coming versions is not for the user."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # peft asks for the base's config at every checkpoint, to see whether its vocabulary was changed; ours never is.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         yield
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
 from xpert.experts.answer_trainer import Spent
 from xpert.experts.checkpoints import seal
 from xpert.progress import Progress, Task
@@ -39,7 +40,7 @@ def read_log(work: Path, *, until: int | None = None) -> list[dict[str, Any]]:
     return records
 
 
-class StepLog(TrainerCallback):  # type: ignore[misc]
+class StepLog(TrainerCallback):
     """Writes a line to training.jsonl per step and per validation, and moves the progress."""
 
     def __init__(self, work: Path, spent: Spent, task: Task) -> None:
@@ -76,7 +77,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
             stream.write(json.dumps(record) + "\n")
 
 
-class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
+class SealCheckpoints(TrainerCallback):
     """Seals each checkpoint once the trainer has written it."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -84,7 +85,7 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-class StopGently(TrainerCallback):  # type: ignore[misc]
+class StopGently(TrainerCallback):
     """On the first Ctrl-C the step under way is finished and a checkpoint saved; on the second all stops at once."""
 
     def __init__(self, progress: Progress) -> None:

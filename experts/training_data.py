@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from xpert.chat_form import encode_examples
 from xpert.data import open_pool, read_rows
 from xpert.errors import BadInput
@@ -143,5 +144,7 @@ def _read(source: str | Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
         pool = open_pool(folder)
         return pool.rows(range(len(pool))), [], {"source": folder.name, "rows": len(pool), "pool": pool.fingerprint}
     selection = read_selection(folder)
-    kept = {key: selection.manifest[key] for key in ("inputs", "config", "seed") if key in selection.manifest}
+    kept: dict[str, Any] = {
+        key: selection.manifest[key] for key in ("inputs", "config", "seed") if key in selection.manifest
+    }
     return selection.rows, list(selection.shots or ()), {"rows": len(selection.rows), **kept}

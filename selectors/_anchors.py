@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xpert.budgeting import BudgetMeter
 from xpert.errors import BadInput
 from xpert.records import Shots
 
 if TYPE_CHECKING:
     from xpert.features import Features
 
-__all__ = ["BLOCK", "describe_shot", "nearest_shots", "needs_shots", "similarities"]
+__all__ = ["BLOCK", "describe_shot", "fitting", "nearest_shots", "needs_shots", "similarities"]
 
 Floats = NDArray[np.float32]
 
@@ -57,3 +59,8 @@ def describe_shot(shots: Shots) -> Callable[[int, float], str]:
         return f"cosine {cosine:.3f} to shot {shot + 1} ({heads[shot]})"
 
     return describe
+
+
+def fitting(meter: BudgetMeter, rows: int) -> NDArray[np.bool_]:
+    """Which rows [n] fit what is left of the budget."""
+    return np.ones(rows, dtype=bool) if meter.costs is None else meter.costs <= meter.left

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
 from xpert.budgeting import BudgetMeter
 from xpert.config import Config
 from xpert.protocols import Selection

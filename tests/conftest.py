@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from click.testing import CliRunner, Result
+
 from xpert.records import Message, Row
 
 CHAT_TEMPLATE = (

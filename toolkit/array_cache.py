@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.errors import BadInput
 from xpert.progress import SILENT, Progress
 from xpert.storage import draft_folder, hash_json, read_json, write_json

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.errors import BadInput
 from xpert.records import Message, Row
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.embedding import normalise
 from xpert.errors import BadInput
 from xpert.protocols import Floats

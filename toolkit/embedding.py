@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert import plugins
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Embedder, EmbedderContext, Floats

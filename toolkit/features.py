@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.array_cache import ArrayCache, Arrays
 from xpert.clustering import Clusters, cluster, cluster_count, telling_terms
 from xpert.config import Config, option

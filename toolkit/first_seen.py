@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 __all__ = ["FirstSeen", "hash64"]
 
 
-def hash64(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """A 64-bit BLAKE2b hash of each text. Two of 10 million different texts agree with probability 3e-6."""
-    digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts]
-    return np.frombuffer(b"".join(digests), dtype="<u8")
+def hash64(texts: Iterable[bytes]) -> NDArray[np.uint64]:
+    """A 64-bit XXH3 hash of each text. Two of 10 million different texts agree with probability 3e-6."""
+    return np.fromiter((xxh3_64_intdigest(text) for text in texts), dtype=np.uint64)
 
 
 class FirstSeen:

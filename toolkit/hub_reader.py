@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
-from xpert.readers import BLOCK_ROWS, Block, arrow_block
+from xpert.source_files import BLOCK_ROWS, Block, no_report
 from xpert.storage import hash_file, hash_json
+from xpert.table_readers import arrow_block
 
 __all__ = ["DatasetFolder", "HubSource"]
-
-
-def _ignore(_: int) -> None:
-    pass
 
 
 class DatasetFolder:
@@ -30,7 +27,7 @@ class DatasetFolder:
     def fingerprint(self) -> str:
         return hash_json([[file.relative_to(self.path).as_posix(), hash_file(file)] for file in self.files])
 
-    def blocks(self, moved: Callable[[int], None] = _ignore) -> Iterator[Block]:
+    def blocks(self, moved: Callable[[int], None] = no_report) -> Iterator[Block]:
         dataset = self._load()
         if not len(dataset):
             raise BadInput("the data set is empty", where=self.where, hint="it must hold at least one row")
@@ -84,7 +81,7 @@ class HubSource:
             commit = huggingface_hub.HfApi().dataset_info(self.repository).sha
         return hash_json([self.repository, commit, self.config, self.split])
 
-    def blocks(self, moved: Callable[[int], None] = _ignore) -> Iterator[Block]:
+    def blocks(self, moved: Callable[[int], None] = no_report) -> Iterator[Block]:
         import datasets
 
         with _HubErrors(self.spec):

@@ -41,7 +41,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model in evaluation mode with its tokenizer; `folder` holds its safetensors."""
+    """A causal language model in evaluation mode with its tokenizer; `folder` holds its safetensors.
+
+    `on_hub` tells that `ref` is a name on the hub and not a path.
+    """
 
     model: Any
     tokenizer: Any
@@ -51,6 +54,7 @@ class LanguageModel:
     dtype: torch.dtype
     architecture: str
     folder: Path
+    on_hub: bool = False
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -74,6 +78,7 @@ def load_model(ref: str, *, device: str = "auto", dtype: str = "auto", progress:
         raise unknown("dtype", dtype, DTYPES)
     place = resolve_device(device)
     files = find_model(ref)
+    fingerprint = files.fingerprint()
     chosen = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
     folder = _dequantised(files, progress) if files.gguf else files.folder
     model = _load_weights(ref, folder, getattr(torch, chosen)).to(place).eval()
@@ -81,11 +86,12 @@ def load_model(ref: str, *, device: str = "auto", dtype: str = "auto", progress:
         model,
         _load_tokenizer(ref, folder),
         ref,
-        files.fingerprint(),
+        fingerprint,
         place,
         getattr(torch, chosen),
         find_model(str(folder)).architecture,
         folder,
+        files.on_hub,
     )
 
 

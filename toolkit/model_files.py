@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,16 @@ _INCIDENTAL = {"_name_or_path", "_model_name_or_path", "transformers_version", "
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one model: `gguf` for a GGUF file, else a folder with its configuration and weight files."""
+    """The files of one model: `gguf` for a GGUF file, else a folder with its configuration and weight files.
+
+    `on_hub` tells that `ref` is a name on the hub and not a path.
+    """
 
     ref: str
     folder: Path
     weights: tuple[Path, ...]
     gguf: Path | None = None
+    on_hub: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def find_model(ref: str) -> ModelFiles:
     match = _HUB_NAME.fullmatch(ref)
     if match is None or ref.startswith("."):
         raise NotFound("no such model folder", where=ref, hint="give a model folder, a .gguf file or a hub name")
-    return _model_folder(ref, _from_hub(match["name"], match["revision"]))
+    return replace(_model_folder(ref, _from_hub(match["name"], match["revision"])), on_hub=True)
 
 
 def model_fingerprint(ref: str) -> str:

@@ -17,9 +17,10 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from xpert.boilerplate import Boilerplate
 from xpert.errors import Corrupt
-from xpert.readers import encode
 from xpert.records import Message, Row
+from xpert.source_files import encode
 from xpert.storage import disk_errors, read_json, read_manifest, write_json
 
 __all__ = ["POOL_SCHEMA", "Column", "Pool", "RowsWriter", "pool_from_rows", "turns_json"]
@@ -95,6 +96,11 @@ class Pool:
             content.update(batch)
         return content.hexdigest()
 
+    @cached_property
+    def boilerplate(self) -> Boilerplate:
+        """The wording that many rows share; found when it is first asked for."""
+        return Boilerplate.learn(self.table.to_batches(max_chunksize=8192), len(self))
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -117,12 +123,16 @@ class Pool:
 
     def rows(self, indices: Iterable[int]) -> list[Row]:
         """The rows at these indices, in the order given."""
-        return [_row(value) for value in self.take(list(indices)).to_pylist()]
+        return self.of_batch(self.take(list(indices)))
 
     def __iter__(self) -> Iterator[Row]:
         for batch in self.table.to_batches(max_chunksize=4096):
-            for value in batch.to_pylist():
-                yield _row(value)
+            yield from self.of_batch(batch)
+
+    @staticmethod
+    def of_batch(batch: pa.RecordBatch) -> list[Row]:
+        """The rows of one batch of the table."""
+        return [_row(value) for value in batch.to_pylist()]
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> pa.Table:
         """An Arrow table of these rows, in the order given, with the columns of POOL_SCHEMA."""
@@ -170,13 +180,13 @@ def _row(value: dict[str, Any]) -> Row:
 class ContentHash:
     """Hash of the prompt, messages and response columns that does not depend on how the rows are cut into batches.
 
-    Per column one sha256 of the texts laid end to end and one of their lengths (-1 where there is none).
+    Per column one BLAKE2b of the texts laid end to end and one of their lengths (-1 where there is none).
     """
 
     COLUMNS = ("prompt", "messages", "response")
 
     def __init__(self) -> None:
-        self.digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in self.COLUMNS}
+        self.digests = {name: (_digest(), _digest()) for name in self.COLUMNS}
 
     def update(self, batch: pa.RecordBatch) -> None:
         for name, (texts, lengths) in self.digests.items():
@@ -189,10 +199,14 @@ class ContentHash:
                 texts.update(memoryview(data)[ends[0] : ends[-1]])
 
     def hexdigest(self) -> str:
-        whole = hashlib.sha256()
+        whole = _digest()
         for texts, lengths in self.digests.values():
             whole.update(texts.digest() + lengths.digest())
         return whole.hexdigest()
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=32)
 
 
 class RowsWriter:
@@ -220,7 +234,7 @@ class RowsWriter:
             self.file.close()
         features = {field.name: {"dtype": str(field.type), "_type": "Value"} for field in POOL_SCHEMA}
         write_json(self.folder / "dataset_info.json", {"features": features})
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": ROWS_FILE}],
             "_fingerprint": self.content.hexdigest()[:16],
             "_format_columns": None,

@@ -2,7 +2,7 @@
 
 Pass 1 reads, brings rows into normal form and drops exact duplicates. Pass 2 (near duplicates, overlap with the shots
 or with `avoid` files) reads the rows of pass 1 from disk, because what is boilerplate shows only in the whole pool.
-Memory: one block of rows, and about 110 bytes for each row of the pool.
+Memory: one block of rows, and about 100 bytes for each row of the pool.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,10 +23,13 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.first_seen import FirstSeen, hash64
+from xpert.overlap import Avoided
 from xpert.pool import POOL_SCHEMA, Pool, RowsWriter, turns_json
+from xpert.pool_clean import Dropped, clean
 from xpert.progress import SILENT, Progress
 from xpert.readers import BLOCK_BYTES, Block, Source, open_source
 from xpert.records import Shots
+from xpert.row_files import read_rows
 from xpert.row_forms import RowParser, Unfit, form_summary, parse_mapping
 from xpert.storage import check_output, disk_errors, draft_folder, write_manifest
 
@@ -51,6 +55,7 @@ class PoolOptions(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "map", tuple(entry for entry in self.map if entry))  # an empty option is no option
         RowParser(self.format, parse_mapping(self.map))  # raises for an unknown format or part
 
 
@@ -75,18 +80,29 @@ def build_pool(
     if not sources:
         raise BadInput("no source is given", hint="name at least one file, folder or hf:owner/name")
     opened = [open_source(source, block_bytes=block_bytes) for source in sources]
-    with draft_folder(out, replace=replace) as folder, _Builder(folder, options) as builder:
+    avoided = Avoided()
+    if shots is not None:
+        avoided.add(shots, "the shots")
+    for path in avoid:
+        avoided.add(read_rows(path, need_answer=False), Path(path).name)
+    with (
+        draft_folder(out, replace=replace) as folder,
+        _Builder(folder, options) as builder,
+        ThreadPoolExecutor(1) as threads,  # hashes the sources meanwhile
+    ):
         started = time.perf_counter()
+        prints = [threads.submit(source.fingerprint) for source in opened]
         for source in opened:
             builder.read(source, progress)
         read = time.perf_counter()
-        figures = builder.finish()
+        figures = builder.finish(avoided, progress)
         write_manifest(
             folder,
             "pool",
             inputs={
-                "sources": [{"name": source.name, "hash": source.fingerprint()} for source in opened],
+                "sources": [{"name": s.name, "hash": p.result()} for s, p in zip(opened, prints, strict=True)],
                 "shots": shots.fingerprint if shots else None,
+                "avoid": [{"name": Path(path).name, "hash": open_source(path).fingerprint()} for path in avoid],
             },
             config=options.to_dict(),
             seed=None,
@@ -127,6 +143,7 @@ class _Builder:
         self.seen_ids, self.seen_texts = FirstSeen(), FirstSeen()
         self.ids: list[pa.Array] = []
         self.starts: list[int] = []  # number of the first row of each entry of `ids`
+        self.places: list[tuple[str, NDArray[np.int64]]] = []  # source and lines of the rows written, block by block
 
     def __enter__(self) -> _Builder:
         return self
@@ -153,9 +170,9 @@ class _Builder:
         if not rows.ids:
             return 0
         rows.ids = self._unique_ids(source, rows)
-        batch = rows.batch()
+        batch, lines = rows.batch(), np.array(rows.lines, dtype=np.int64)
         if self.options.duplicates:
-            first = self.seen_texts.add(hash64(map(_exact_key, rows.prompts, rows.responses)))
+            first = self.seen_texts.add(hash64(map(exact_key, rows.prompts, rows.responses)))
             self._remember(batch.column("id"))
             own = np.arange(self.seen_texts.count - len(rows.ids), self.seen_texts.count)
             for at in np.flatnonzero(first != own):
@@ -167,11 +184,17 @@ class _Builder:
                     rows.raws[at],
                     of=self._id(int(first[at])),
                 )
-            batch = batch.filter(pa.array(first == own))
+            batch, lines = batch.filter(pa.array(first == own)), lines[first == own]
         self.rows.write(batch)
+        self.places.append((source.name, lines))
         return len(rows.ids)
 
     def _normal_form(self, source: Source, parser: RowParser, block: Block, reasons: Counter[str]) -> _Rows:
+        even = None if block.faults else parser.parse_block(block.values)
+        if even is not None:
+            labels = [label or f"{source.name}:{line}" for label, line in zip(even.ids, block.lines, strict=True)]
+            alone: list[str | None] = [None] * len(labels)
+            return _Rows(labels, even.prompts, even.responses, alone, even.skills, block.raws, block.lines)
         rows = _Rows()
         parse, id_of, skill_of = parser.parse, parser.id_of, parser.skill_of
         for at, (line, value, raw) in enumerate(zip(block.lines, block.values, block.raws, strict=True)):
@@ -200,7 +223,7 @@ class _Builder:
         again = np.arange(len(ids))
         for suffix in ("~{line}", "~{name}:{line}", "~{name}:{line}~{count}"):
             count = self.seen_ids.count
-            first = self.seen_ids.add(hash64(ids[at] for at in again))
+            first = self.seen_ids.add(hash64(ids[at].encode("utf-8", "surrogatepass") for at in again))
             again = again[first != np.arange(count, count + len(again))]
             if not len(again):
                 break
@@ -217,35 +240,63 @@ class _Builder:
         entry = int(np.searchsorted(self.starts, number, side="right")) - 1
         return str(self.ids[entry][number - self.starts[entry]])
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, avoided: Avoided, progress: Progress) -> dict[str, Any]:
         self.rows.close()
+        threshold = self.options.near_threshold if self.options.near_duplicates else None
+        rows = clean(self.rows, avoided, threshold, self._reject, progress)
         self.rejected.close()
-        if not self.rows.rows:
-            raise BadInput("no row is left", hint="see the options of `xpert pool build`")
+        if not rows.rows:
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.counts.most_common())
+            raise BadInput(f"no row is left of {self.read_rows:,} ({counts})", hint="add sources, or avoid fewer rows")
         return {
-            "rows": self.rows.rows,
+            "rows": rows.rows,
             "read": self.read_rows,
             "rejected": dict(self.rejected.counts.most_common()),
             "forms": dict(self.forms.most_common()),
-            "fingerprint": self.rows.content.hexdigest(),
+            "fingerprint": rows.content.hexdigest(),
         }
 
+    def _reject(self, batch: pa.RecordBatch, first: int, dropped: Sequence[Dropped]) -> None:
+        """Writes down rows of pass 2; `first` is the number of the batch's first row."""
+        starts = np.concatenate(([0], np.cumsum([len(lines) for _, lines in self.places])))
+        for drop in dropped:
+            entry = int(np.searchsorted(starts, drop.row, side="right")) - 1
+            name, lines = self.places[entry]
+            at = drop.row - first
+            self.rejected.write(
+                name,
+                int(lines[drop.row - starts[entry]]),
+                str(batch.column("id")[at]),
+                drop.reason,
+                str(batch.column("row")[at]).encode(),
+                of=drop.of,
+                kind=drop.kind,
+            )
 
-def _exact_key(prompt: str, response: str) -> str:
-    return f"{' '.join(prompt.split())}\0{' '.join(response.split())}"
+
+_SPACES = bytes(32 if byte in b"\t\n\v\f\r" else byte for byte in range(256))
+
+
+def exact_key(prompt: str, response: str) -> bytes:
+    """What two rows must have in common to be exact duplicates: runs of white space count as one space."""
+    key = f"{prompt.strip()}\0{response.strip()}".encode("utf-8", "surrogatepass").translate(_SPACES)
+    while b"  " in key:
+        key = key.replace(b"  ", b" ")
+    return key
 
 
 def _nothing_usable(source: Source, parser: RowParser, rows: int, reasons: Counter[str]) -> BadInput:
     if not rows:
         return BadInput("holds no rows", where=source.where, hint="it must hold at least one")
     reason, _ = reasons.most_common(1)[0]
+    why = f"each {reason}" if len(reasons) == 1 else f"{len(reasons)} reasons, most often: {reason}"
+    what = f"none of its {rows:,} rows can be used ({why})"
     if not parser.columns:
-        return BadInput(f"none of its {rows:,} rows can be used: each {reason}", where=source.where)
-    if parser.forms:
-        reason = f"each {reason}"
-    columns = ", ".join(list(parser.columns)[:20])
+        return BadInput(
+            what, where=source.where, hint='each row must be an object, such as {"prompt": ..., "completion": ...}'
+        )
     return BadInput(
-        f"none of its {rows:,} rows can be used (the first reason: {reason}); columns found: {columns}",
+        f"{what}; columns found: {', '.join(list(parser.columns)[:20])}",
         where=source.where,
         hint=f"known forms: {form_summary()}; name other columns with --map prompt=COLUMN,response=COLUMN",
     )
@@ -257,7 +308,7 @@ class Rejected:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.counts: Counter[str] = Counter()
-        self._stream: IO[bytes] | None = open(path, "wb")
+        self._stream: IO[bytes] | None = path.open("wb")
 
     def write(
         self,

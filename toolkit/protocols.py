@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.config import Config
 from xpert.progress import SILENT, Progress
 from xpert.records import Budget, Message, Shots
@@ -145,13 +146,15 @@ class RoutableExpert:
     """What a router may know of an expert.
 
     `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
-    its profile (skill -> score, as far as it is profiled).
+    its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
+    else they are empty.
     """
 
     key: str
     exemplars: tuple[str, ...]
     skills: tuple[str, ...] = ()
     skill_scores: Mapping[str, float] = field(default_factory=dict)
+    exemplar_skills: tuple[str, ...] = ()
 
 
 class Router(Protocol):

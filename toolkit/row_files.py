@@ -5,7 +5,7 @@ Where a pool drops a row that cannot be used, these refuse the file and name the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,20 @@ def read_prompts(path: str | Path) -> list[Row]:
     return read_rows(path, need_answer=False)
 
 
-def read_suite(path: str | Path) -> Suite:
+def read_suite(path: str | Path, *, skip_metrics: Collection[str] = ()) -> Suite:
     """Test items: rows with `answers`, `metric` (default exact), `skill` (default all) and optional `choices`.
 
-    `answers` may be a list or one text, and is the row's answer where it is missing.
+    `answers` may be a list or one text, and is the row's answer where it is missing. Rows scored by one of
+    `skip_metrics` are left out; raises BadInput where no other is left.
     """
     rows = read_rows(path, need_answer=False)
-    items = tuple(_suite_item(row, number, str(path)) for number, row in enumerate(rows, 1))
+    items = tuple(
+        _suite_item(row, number, str(path))
+        for number, row in enumerate(rows, 1)
+        if row.columns.get("metric") not in skip_metrics
+    )
+    if not items:
+        raise BadInput("every item is left out", where=str(path), hint="check --skip-metric")
     content = [
         [[turn.role, turn.content] for turn in item.row.messages]
         + [list(item.answers), item.metric, item.skill, list(item.choices or ())]

@@ -82,6 +82,15 @@ _ROLES = {
 Parse = Callable[[Mapping[str, Any]], Parsed]
 
 
+class ParsedBlock(NamedTuple):
+    """Rows of one block, column by column; each prompt is one single user message."""
+
+    prompts: list[str]
+    responses: list[str]
+    ids: list[str | None]
+    skills: list[str | None]
+
+
 def form_summary() -> str:
     """The known forms in one line, for messages."""
     parts = []
@@ -125,18 +134,38 @@ class RowParser:
             raise unknown("format", form, FORMS)
         self._form = _BY_NAME[form] if form is not None else self._implied_form()
         self._parsers: dict[tuple[str, ...], tuple[str, Parse]] = {}
+        self._plain: dict[Parse, tuple[str, str | None, str | None]] = {}  # the columns of parsers of plain texts
 
     def parse(self, row: Any) -> Parsed:
         """Raises Unfit, with the reason."""
         if type(row) is not dict:
             raise Unfit(f"is {_kind(row)}, not an object with columns")
-        columns = tuple(row)
-        found = self._parsers.get(columns)
-        if found is None:
-            found = self._parsers[columns] = self._recognise(columns)
+        found = self._found(tuple(row))
         parsed = found[1](row)
         self.forms[found[0]] += 1
         return parsed
+
+    def parse_block(self, values: list[Any]) -> ParsedBlock | None:
+        """Many rows at once, column by column, with the same result as `parse` one by one.
+
+        None where the rows differ in their columns, are not plain texts, or one of them lacks something.
+        """
+        if not values or set(map(type, values)) != {dict} or len(columns := set(map(tuple, values))) != 1:
+            return None
+        found = self._found(columns.pop())
+        plain = self._plain.get(found[1])
+        if plain is None:
+            return None
+        asked, given, answered = (None if name is None else [row[name] for row in values] for name in plain)
+        if asked is None or answered is None or not (_all_texts(asked) and _all_texts(answered)):
+            return None
+        if given is not None:
+            if set(map(type, given)) != {str}:
+                return None
+            pairs = zip(asked, given, strict=True)
+            asked = [f"{text}\n\n{more}" if more and not more.isspace() else text for text, more in pairs]
+        self.forms[found[0]] += len(values)
+        return ParsedBlock(asked, answered, list(map(self.id_of, values)), list(map(self.skill_of, values)))
 
     def id_of(self, row: Mapping[str, Any]) -> str | None:
         """The row's own id, where it has one that is a text or a whole number."""
@@ -150,6 +179,12 @@ class RowParser:
         if type(value) is str:
             return value.strip() or None
         return str(value) if type(value) is int else None
+
+    def _found(self, columns: tuple[str, ...]) -> tuple[str, Parse]:
+        found = self._parsers.get(columns)
+        if found is None:
+            found = self._parsers[columns] = self._recognise(columns)
+        return found
 
     def _implied_form(self) -> Form | None:
         """The form that the mapped parts belong to; None where the columns must tell."""
@@ -175,9 +210,10 @@ class RowParser:
             if form.name in ("messages", "conversations"):
                 return form.name, _turns_parser(asked, self.need_answer)
             given = self._column(columns, form.extra, ("input",))
-            if form.name == "completion":
-                return form.name, _completion_parser(asked, answered, self.need_answer)
-            return form.name, _text_parser(asked, given, answered, self.need_answer)
+            make = _completion_parser if form.name == "completion" else _text_parser
+            parse = make(asked, given, answered, self.need_answer)
+            self._plain[parse] = (asked, given, answered)
+            return form.name, parse
         reason = f"has no {self._wanted()}: its columns are {', '.join(columns) or 'none'}"
 
         def unfit(row: Mapping[str, Any]) -> Parsed:
@@ -189,9 +225,8 @@ class RowParser:
         if self._form is None:
             return "known form"
         asked = next((self.mapping[part] for part in _ASKED if part in self.mapping), self._form.asked[0])
-        answered = next(
-            (self.mapping[part] for part in _ANSWERED if part in self.mapping), *self._form.answered[:1], None
-        )
+        usual = self._form.answered[0] if self._form.answered else None
+        answered = next((self.mapping[part] for part in _ANSWERED if part in self.mapping), usual)
         return " and ".join(repr(column) for column in (asked, answered) if column)
 
     def _column(self, columns: Collection[str], usual: Sequence[str], parts: Sequence[str]) -> str | None:
@@ -224,8 +259,8 @@ def _text_parser(asked: str, given: str | None, answered: str | None, need_answe
     return parse
 
 
-def _completion_parser(asked: str, answered: str | None, need_answer: bool) -> Parse:
-    plain = _text_parser(asked, None, answered, need_answer)
+def _completion_parser(asked: str, given: str | None, answered: str | None, need_answer: bool) -> Parse:
+    plain = _text_parser(asked, given, answered, need_answer)
 
     def parse(row: Mapping[str, Any]) -> Parsed:
         prompt, response = row[asked], row[answered] if answered is not None else ""
@@ -323,6 +358,11 @@ def _text(value: Any, column: str | None) -> str:
     if type(value) in (int, float):
         return str(value)
     raise Unfit(f"{column} is {_kind(value)}, not a text")
+
+
+def _all_texts(values: list[Any]) -> bool:
+    """Whether all are texts, and none is blank."""
+    return set(map(type, values)) == {str} and all(values) and not any(map(str.isspace, values))
 
 
 def _kind(value: Any) -> str:

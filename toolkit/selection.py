@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert import plugins
 from xpert.budgeting import BudgetMeter
 from xpert.eligible import EligibleFeatures
@@ -20,6 +21,7 @@ from xpert.progress import SILENT, Progress
 from xpert.protocols import Selection, Selector
 from xpert.records import Budget, Row, Shots
 from xpert.selection_folder import (
+    LEFT_OUT,
     LOG,
     REPORT,
     ROWS,
@@ -93,13 +95,16 @@ def select(
     if _is_selection(out):
         return _reuse(out, run, progress)
 
-    excluded = np.asarray(overlapping_rows(pool, given) if given else [], dtype=np.int64)
+    excluded, why = overlapping_rows(pool, given) if given else (np.empty(0, dtype=np.int64), [])
     whole = Features(pool, feature_options, shots=given, device=device, seed=seed, progress=progress)
     started = time.perf_counter()
     selection = choose(selector, whole, given, parsed, seed=seed, excluded=excluded)
     # What the method asked of the features is counted there.
     run.timings["select"] = time.perf_counter() - started - sum(whole.timings.values())
     with draft_folder(out) as draft:
+        if len(excluded):
+            left_out = zip(pool.take(excluded)["id"].to_pylist(), why, strict=True)
+            write_jsonl(draft / LEFT_OUT, [{"id": key, "reason": reason} for key, reason in left_out])
         _write(draft, run, whole, selection, given, excluded=len(excluded), report=report)
     return read_selection(out)
 

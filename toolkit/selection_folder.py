@@ -22,7 +22,8 @@ from xpert.storage import hash_file, read_manifest
 
 __all__ = ["SelectionFolder", "read_selection", "write_jsonl", "write_rows"]
 
-SELECTED, ROWS, SHOTS, LOG, REPORT = "selected.jsonl", "rows.jsonl", "shots.jsonl", "log.jsonl", "report.html"
+SELECTED, ROWS, SHOTS, REPORT = "selected.jsonl", "rows.jsonl", "shots.jsonl", "report.html"
+LOG, LEFT_OUT = "log.jsonl", "left_out.jsonl"
 
 
 @dataclass(frozen=True)

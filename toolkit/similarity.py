@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.protocols import Floats
 
 __all__ = ["max_similarity", "nearest", "similarity_blocks"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xpert.errors import BadInput
 from xpert.experts.evaluate import EvalOptions, Subject, bootstrap, evaluate, usable_items
 from xpert.protocols import EngineRequest, Piece
 from xpert.records import Message, Row, SuiteItem
@@ -89,11 +88,8 @@ def test_without_choices_there_is_no_choice_score() -> None:
     assert run(make_items(2), [Subject.fixed("base", ())]).choice_interval("base") is None
 
 
-def test_limits_and_skipped_metrics() -> None:
-    items = make_items()
-    assert len(usable_items(items, EvalOptions(limit=2))) == 4
-    with pytest.raises(BadInput, match="no item left"):
-        usable_items(items, EvalOptions(skip_metric=("exact",)))
+def test_a_limit_counts_per_skill() -> None:
+    assert [item.row.id for item in usable_items(make_items(), EvalOptions(limit=2))] == ["i0", "i1", "i2", "i3"]
 
 
 def test_the_interval_covers_the_mean_and_narrows_with_n() -> None:

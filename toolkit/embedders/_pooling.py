@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from xpert.embedding import normalise
 from xpert.progress import Progress
 from xpert.protocols import Floats

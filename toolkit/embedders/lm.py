@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.embedders._pooling import mean_pooled
 from xpert.embedding import normalise
 from xpert.errors import BadInput

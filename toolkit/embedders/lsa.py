@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.embedding import normalise
 from xpert.errors import BadInput
 from xpert.progress import SILENT, Progress

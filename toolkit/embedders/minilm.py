@@ -59,6 +59,7 @@ class MiniLm:
         """(model, tokenizer, most tokens of a text)."""
         from tokenizers import Tokenizer
         from transformers import AutoModel
+
         from xpert.language_model import quiet_transformers, resolve_device
 
         with quiet_transformers():

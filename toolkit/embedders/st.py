@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from xpert.embedding import normalise
 from xpert.errors import BadInput, NotFound, Unavailable
 from xpert.progress import SILENT, Progress
@@ -56,6 +57,7 @@ class SentenceTransformers:
     @cached_property
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
+
         from xpert.language_model import resolve_device
 
         return SentenceTransformer(

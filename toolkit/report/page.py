@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from xpert.storage import write_file
 
 __all__ = ["Series", "bars", "histogram", "line_chart", "write_page"]
@@ -36,12 +37,15 @@ def write_page(path: Path, template: str, **context: Any) -> None:
 
 def figure(value: Any) -> str:
     """A number as a person reads it: `12,345`, `0.873`, `200 tokens` stays as it is."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int | np.integer):
         return f"{int(value):,}"
     if isinstance(value, float | np.floating):
-        return f"{float(value):,.0f}" if abs(value) >= 1000 else f"{float(value):.3g}"
+        number = float(value)
+        return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
     return str(value)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from xpert.protocols import Floats, Selection
 from xpert.records import Shots
 from xpert.report.page import bars, histogram, write_page

@@ -1,0 +1,78 @@
+"""`xpert eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xpert.commands.options import Session, common_options, config_options, take
+from xpert.experts.evaluate import EvalOptions, Evaluation
+
+__all__ = ["command", "score_table"]
+
+
+@click.command("eval")
+@click.argument("subjects", nargs=-1, required=True, metavar="MIXTURE|EXPERT|MODEL...")
+@click.option("--suite", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Test items.")
+@click.option("--controls", is_flag=True, help="Put base, experts, random and oracle routing beside each mixture.")
+@click.option("--registry", "location", metavar="R", help="Where registered names are looked up.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML report.")
+@config_options(EvalOptions)
+@common_options
+def command(
+    session: Session,
+    subjects: tuple[str, ...],
+    suite: Path,
+    controls: bool,
+    location: str | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Score mixtures, experts and models side by side on a suite, per skill and overall.
+
+    The last column ranks them over the skills by Borda points, which do not mix the units of different metrics.
+    """
+    from xpert.data import read_suite
+    from xpert.experts.evaluate import usable_items
+    from xpert.experts.profiles import write_score_report
+    from xpert.experts.subjects import open_entrants, run_entrants
+    from xpert.registry.store import Registry
+    from xpert.storage import check_output
+
+    settings = take(EvalOptions, options)
+    if out is not None:
+        check_output(out)
+    loaded = read_suite(suite, skip_metrics=settings.skip_metric)
+    items = usable_items(loaded.items, settings)
+    entrants = open_entrants(subjects, Registry(location) if location is not None else None)
+    found = run_entrants(
+        entrants,
+        items,
+        settings,
+        controls=controls,
+        device=session.device,
+        seed=session.seed,
+        progress=session.progress,
+    )
+    if out is not None:
+        write_score_report(out, found, title="Scores side by side", lead=f"on the suite {loaded.name}")
+    session.result({"suite": loaded.name, "items": len(items), "scores": found.to_dict()}, score_table(found))
+
+
+def score_table(found: Evaluation) -> str:
+    """A line per subject: overall, each skill, Borda points. Scores in hundredths."""
+    from xpert.registry.ranking import borda
+
+    points = borda({skill: {n: found.interval(n, skill).score for n in found.results} for skill in found.skills})
+    width = max(12, *(len(name) for name in found.results))
+    columns = [(skill, max(7, len(skill))) for skill in found.skills]
+    head = f"{'':<{width}}  {'all items':>18}  " + "  ".join(f"{s:>{w}}" for s, w in columns) + f"  {'Borda':>6}"
+    lines = [head]
+    for name in found.results:
+        overall = found.interval(name)
+        shown = f"{100 * overall.score:.1f} [{100 * overall.low:.0f}-{100 * overall.high:.0f}]"
+        scores = "  ".join(f"{100 * found.interval(name, skill).score:>{w}.1f}" for skill, w in columns)
+        lines.append(f"{name:<{width}}  {shown:>18}  {scores}  {points.get(name, 0):>6.1f}")
+    return "\n".join(lines)

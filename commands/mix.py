@@ -1,0 +1,88 @@
+"""`xpert mix`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xpert.commands.options import Session, common_options, pairs
+from xpert.errors import BadInput
+
+__all__ = ["command"]
+
+
+@click.command("mix")
+@click.option("--registry", "location", metavar="R", help="The registry. [default: $XPERT_REGISTRY or the user's]")
+@click.option(
+    "--shots", type=click.Path(path_type=Path), metavar="FILE", help="Keep the experts that do well on these."
+)
+@click.option(
+    "--experts",
+    metavar="A,B@2,...",
+    help="OWNER/NAME[@VERSION] or expert folders. [default: all experts of the base, latest versions]",
+)
+@click.option(
+    "--max-experts", type=click.IntRange(1), default=8, show_default=True, help="With --shots: keep at most so many."
+)
+@click.option("--base", metavar="MODEL", help="The base model; experts of others stay out, and named ones are refused.")
+@click.option(
+    "--router", default="centroid", show_default=True, metavar="NAME", help="See `xpert methods --kind router`."
+)
+@click.option(
+    "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the router; may be repeated."
+)
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="mixture.json"
+)
+@common_options
+def command(
+    session: Session,
+    location: str | None,
+    shots: Path | None,
+    experts: str | None,
+    max_experts: int,
+    base: str | None,
+    router: str,
+    params: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Assemble a mixture: experts of one base model behind a router.
+
+    Takes the experts named, or all of the registry that belong to the base. With --shots an expert is kept if it
+    answers the shots better than the base model, or finds their answers likelier; the output says why.
+    """
+    from xpert.data import read_shots
+    from xpert.experts.mixing import mix
+    from xpert.experts.mixture import write_mixture
+    from xpert.registry.store import Registry
+
+    if out.is_dir():
+        raise BadInput("is a folder; a mixture is a file", where=str(out), hint="write -o FOLDER/mixture.json")
+    mixture = mix(
+        Registry(location),
+        router=router,
+        router_params=pairs(params, option="--param"),
+        experts=[ref.strip() for ref in experts.split(",") if ref.strip()] if experts is not None else None,
+        shots=read_shots(shots) if shots is not None else None,
+        max_experts=max_experts,
+        base=base,
+        name=out.stem,
+        device=session.device,
+        progress=session.progress,
+    )
+    write_mixture(out, mixture)
+    session.result(
+        {"mixture": str(out), **mixture.to_dict(anchor=out.resolve().parent)},
+        _text(out, mixture),
+    )
+
+
+def _text(out: Path, mixture: Any) -> str:
+    lines = [f"{out}: {len(mixture.experts)} experts of {mixture.base.ref} behind router {mixture.router}"]
+    if mixture.recruited:
+        lines += [f"  {'in ' if r['chosen'] else 'out'}  {r['expert']}  {r['reason']}" for r in mixture.recruited]
+    else:
+        lines += [f"  {expert.key}  {expert.ref}" for expert in mixture.experts]
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""Reading a LoRA folder written by peft: per module the two thin matrices, checked against the base model.
+
+Served are plain LoRA and rsLoRA on linear layers, with any ranks and target modules (`rank_pattern` and
+`alpha_pattern` included). Everything else that peft can write (DoRA, biases, saved modules, ...) changes the answer in
+ways the engine does not compute, so it is refused by name; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.storage import hash_file, hash_json, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from xpert.language_model import LanguageModel
+
+__all__ = ["Adapter", "LowRank", "read_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on lora_B (lora_bias)",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "arrow_config": "Arrow routing inside the adapter (arrow_config)",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's update: y += (x a^T) b^T.
+
+    a [rank, in], b [out, rank]; b carries the adapter's scale (alpha / rank, or alpha / sqrt(rank) for rsLoRA).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter on the base model's device. `fingerprint` hashes weights and settings: the same key with other
+    content is another adapter."""
+
+    key: str
+    fingerprint: str
+    modules: Mapping[str, LowRank]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return max(module.rank for module in self.modules.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for module in self.modules.values() for part in (module.a, module.b))
+
+
+def read_adapter(key: str, folder: Path, base: LanguageModel) -> Adapter:
+    """Loads the adapter in `folder` for `base`, in the base's dtype and on its device.
+
+    Raises NotFound where files are missing, Corrupt where they are damaged, and BadInput where the adapter belongs to
+    another base or is of a form that cannot be served; the message names which.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _check_base(folder, config, base)
+    weights = folder / WEIGHTS_FILE
+    pairs = _pair(_read_weights(folder), where=str(weights))
+    modules = {
+        name: _module(name, pair["A"], pair["B"], config, base, where=str(folder))
+        for name, pair in sorted(pairs.items())
+    }
+    if not modules:
+        raise Corrupt("the adapter has no LoRA weights", where=str(weights))
+    return Adapter(key, hash_json([config, hash_file(weights)]), modules)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise NotFound("no such adapter folder", where=str(folder))
+    if not (folder / CONFIG_FILE).is_file():
+        raise NotFound(f"not a peft adapter: it has no {CONFIG_FILE}", where=str(folder))
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise Corrupt("not an adapter configuration", where=str(folder / CONFIG_FILE))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise BadInput(f"{kind} adapters are not served", where=str(folder), hint="use a plain LoRA adapter")
+    refused = [name for field, name in _REFUSED.items() if config.get(field)]
+    if config.get("bias", "none") != "none":
+        refused.append(f"trained biases (bias={config['bias']!r})")
+    if refused:
+        raise BadInput(
+            f"the adapter uses {' and '.join(refused)}, which the engine does not serve",
+            where=str(folder),
+            hint="merge it into the base, or train a plain LoRA adapter",
+        )
+    return config
+
+
+def _check_base(folder: Path, config: Mapping[str, Any], base: LanguageModel) -> None:
+    if not (folder / CARD_FILE).is_file():
+        return  # written by peft alone: module names and shapes must tell
+    made_for = ExpertCard.read(folder).base
+    if made_for.fingerprint != base.fingerprint:
+        raise BadInput(
+            f"the expert was trained on {made_for.ref} ({made_for.fingerprint[:12]}), "
+            f"but the base model is {base.ref} ({base.fingerprint[:12]})",
+            where=str(folder),
+            hint="load the base model it was trained on",
+        )
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    import safetensors
+    import safetensors.torch
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise BadInput(
+                "the weights are a pickle (adapter_model.bin), which can run code and is not read",
+                where=str(folder),
+                hint="save the adapter as safetensors",
+            )
+        raise NotFound(f"the adapter has no {WEIGHTS_FILE}", where=str(folder))
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise Corrupt(f"the weights are damaged: {error}", where=str(path)) from None
+
+
+def _pair(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Module name -> {"A": ..., "B": ...}; every tensor must find its place."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    # Embeddings first: peft saves them whole beside their LoRA, and the LoRA is what the user asked for.
+    for key, tensor in sorted(weights.items(), key=lambda item: "lora_embedding" not in item[0]):
+        match = _KEY.fullmatch(key)
+        if match is None:
+            kind = "LoRA on an embedding" if "lora_embedding" in key else "a weight that is not plain LoRA"
+            raise BadInput(
+                f"{key} is {kind}, which the engine does not serve",
+                where=where,
+                hint="train with linear target modules and without saved embeddings",
+            )
+        pairs.setdefault(match["module"], {})[match["side"]] = tensor
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise Corrupt(f"{module} has lora_{min(pair)} alone", where=where)
+    return pairs
+
+
+def _module(
+    name: str, a: torch.Tensor, b: torch.Tensor, config: Mapping[str, Any], base: LanguageModel, *, where: str
+) -> LowRank:
+    try:
+        shape = linear_shape(base.model.get_submodule(name))
+    except AttributeError:
+        shape = None
+    if shape is None:
+        raise BadInput(
+            f"the adapter changes {name}, which the base model {base.ref} does not have as a linear layer "
+            f"(it was made for {config.get('base_model_name_or_path') or 'an unnamed base'})",
+            where=where,
+            hint="load the base model it was trained on",
+        )
+    inputs, outputs = shape
+    rank = a.shape[0] if a.ndim == 2 else 0
+    if rank == 0:
+        raise Corrupt(f"{name} has rank zero", where=where)
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise BadInput(
+            f"{name} of the adapter has A {list(a.shape)} and B {list(b.shape)}, but in the base model {base.ref} it "
+            f"maps {inputs} to {outputs} (the adapter was made for "
+            f"{config.get('base_model_name_or_path') or 'an unnamed base'})",
+            where=where,
+            hint="load the base model it was trained on",
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
+    scaled = b.float() * _scale(name, rank, config)
+    return LowRank(a.to(base.device, base.dtype), scaled.to(base.device, base.dtype))
+
+
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, or None for any other module."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # GPT-2 stores its linear layers transposed
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / rank, as peft computes it: the first pattern that matches the end of the module's name decides."""
+    alpha = _by_pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8))
+    # peft divides by the configured rank, which the tensors must agree with.
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,114 @@
+"""`xpert run`: a file of prompts in, a file of answers out; an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from xpert.experts.mixture import Mixture
+from xpert.experts.serving import MixtureRunner, Reply
+from xpert.progress import SILENT, Progress
+from xpert.protocols import Sampling
+from xpert.records import Row
+from xpert.storage import check_output, disk_errors, hash_json, write_file
+
+__all__ = ["answer_file"]
+
+
+def answer_file(
+    mixture: Mixture,
+    rows: Sequence[Row],
+    out: Path,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    open_runner: Callable[[], MixtureRunner],
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Answers `rows` into `out`, one JSON line each in their order, written whole at the end.
+
+    Meanwhile finished answers lie in `.NAME.partial` beside it; the same call reads them and answers only the rest.
+    `open_runner` loads the models, and is not called where nothing is left to answer.
+    """
+    check_output(out)
+    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed])
+    partial = out.parent / f".{out.name}.partial"
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _read_partial(partial, key)
+        left = [index for index in range(len(rows)) if index not in done]
+        if done and left:
+            progress.say(f"{len(done):,} of {len(rows):,} were answered before; going on with the rest")
+        if left:
+            with open(partial, "a" if done else "w", encoding="utf-8") as journal:
+                if not done:
+                    _append(journal, {"key": key})
+                done |= _answer(open_runner(), rows, left, sampling, journal, progress)
+        lines = [done[index] for index in range(len(rows))]
+        write_file(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        partial.unlink(missing_ok=True)
+    return lines
+
+
+def _answer(
+    runner: MixtureRunner,
+    rows: Sequence[Row],
+    left: Sequence[int],
+    sampling: Sampling,
+    journal: TextIO,
+    progress: Progress,
+) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+
+    def finished(position: int, reply: Reply) -> None:
+        found[left[position]] = reply.to_dict()
+        _append(journal, {"index": left[position], "reply": found[left[position]]})
+
+    # Row i keeps its own seed whether or not the rows before it are answered again.
+    runner.answer([rows[index] for index in left], sampling, progress=progress, finished=finished, numbers=left)
+    return found
+
+
+def _identity(mixture: Mixture) -> dict[str, Any]:
+    """What of a mixture decides its answers."""
+    return {
+        "base": mixture.base.fingerprint,
+        "experts": [[e.key, e.fingerprint, e.weight] for e in mixture.experts],
+        "router": [mixture.router, dict(mixture.router_params)],
+    }
+
+
+def _question(row: Row) -> Mapping[str, Any]:
+    return {"id": row.id, "messages": row.chat(), "skill": row.skill}
+
+
+def _append(journal: TextIO, value: Mapping[str, Any]) -> None:
+    journal.write(json.dumps(value, ensure_ascii=False) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _read_partial(path: Path, key: str) -> dict[int, dict[str, Any]]:
+    """Finished answers of an interrupted run of the same inputs. A line cut by a crash is answered again."""
+    if not path.is_file():
+        return {}
+    done: dict[int, dict[str, Any]] = {}
+    whole = 0
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream):
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                value = None
+            if value is None:
+                break
+            if number == 0 and value.get("key") != key:
+                return {}
+            if number:
+                done[value["index"]] = value["reply"]
+            whole += len(line)
+    os.truncate(path, whole)
+    return done

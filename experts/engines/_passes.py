@@ -1,0 +1,86 @@
+"""Forward passes of the base model over left-padded rows, each with its own experts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from xpert.errors import BadInput
+from xpert.experts.adapters import Adapter
+from xpert.experts.engines._kv_cache import RowCache, check_cacheable
+from xpert.experts.engines._lora_layers import applied
+from xpert.experts.engines._lora_plan import COSTS, Plan, Planner, RowExperts
+from xpert.language_model import LanguageModel
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """The base model as the engine uses it. One pass at a time, whichever threads ask."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.model = lm.model.eval()
+        self.device = lm.device
+        self.config = self.model.config
+        check_cacheable(self.config, where=lm.ref)
+        self.planner = Planner(COSTS.get(self.device.type, COSTS["cuda"]))
+        text_config = self.config.get_text_config()
+        self.context: int = getattr(text_config, "max_position_embeddings", None) or 2**31
+        self.ends: frozenset[int] = lm.stop_ids
+        self._lock = threading.Lock()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], experts: Sequence[RowExperts]) -> tuple[torch.Tensor, RowCache]:
+        """Logits after each prompt [rows, vocabulary], and the cache. `experts` must be sorted by `row_order`."""
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        cache = RowCache(self.config)
+        plan = self.planner.make_plan(experts, length)
+        logits = self.forward(ids, [length - len(prompt) for prompt in prompts], plan, cache)
+        return logits[:, -1], cache
+
+    def forward(
+        self, ids: torch.Tensor, pads: Sequence[int], plan: Plan, cache: RowCache, keep: int = 1
+    ) -> torch.Tensor:
+        """Feeds `ids` [rows, tokens] behind what the cache holds, which grows by them.
+
+        `pads` counts the padding at the left of each row, cache and ids together. Returns the logits of the last `keep`
+        positions, [rows, keep, vocabulary].
+        """
+        total = cache.width + ids.shape[1]
+        pad = torch.tensor(pads, device=self.device)[:, None]
+        mask = torch.arange(total, device=self.device)[None] >= pad
+        positions = (torch.arange(total - ids.shape[1], total, device=self.device)[None] - pad).clamp(min=0)
+        with self._lock, torch.inference_mode(), applied(self.model, plan):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def forget(self, adapter: Adapter) -> None:
+        """Frees what is held for an adapter that is no longer served."""
+        self.planner.forget(adapter)
+
+    def check_prompt(self, prompt: Sequence[int], *, where: str, room: int = 1) -> None:
+        """Raises BadInput unless the prompt leaves `room` tokens of the context, and holds only known tokens."""
+        if not prompt:
+            raise BadInput("the prompt is empty", where=where)
+        if len(prompt) + room > self.context:
+            raise BadInput(
+                f"the prompt has {len(prompt):,} tokens; the context of the base model holds {self.context:,}, "
+                f"with the {room} to come",
+                where=where,
+                hint="shorten the prompt",
+            )
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if not (min(prompt) >= 0 and max(prompt) < vocabulary):
+            raise BadInput(
+                f"the prompt holds a token outside 0..{vocabulary - 1}", where=where, hint="use the base's tokenizer"
+            )

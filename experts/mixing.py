@@ -1,0 +1,116 @@
+"""`xpert mix`: which experts of a registry go into a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xpert.errors import BadInput
+from xpert.experts.mixture import Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.progress import SILENT, Progress
+from xpert.records import Shots
+from xpert.registry.card import BaseModel
+
+if TYPE_CHECKING:
+    from xpert.registry.store import Registry
+
+__all__ = ["mix"]
+
+
+def mix(
+    registry: Registry,
+    *,
+    router: str,
+    router_params: Mapping[str, Any] | None = None,
+    experts: Sequence[str] | None = None,
+    shots: Shots | None = None,
+    max_experts: int = 8,
+    base: str | None = None,
+    name: str = "mixture",
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> Mixture:
+    """Assembles a mixture of `experts` (`owner/name[@version]` or expert folders), or of all experts of the registry
+    that belong to `base`, in their latest versions. With `shots`, only of those that `recruit` lets in.
+
+    Raises BadInput where the experts belong to different bases, NotFound where one does not exist.
+    """
+    options = router_options(router, router_params or {})
+    model = _base_model(base) if base is not None else None
+    members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
+    mixture = assemble(
+        members,
+        router=router,
+        router_params=_given(options, router_params or {}),
+        name=name,
+        registry=str(registry.folder.resolve()),
+        base=model,
+    )
+    return mixture if shots is None else _recruited(mixture, shots, max_experts, device, progress)
+
+
+def _named(refs: Sequence[str], registry: Registry) -> list[MixtureExpert]:
+    """Members in the order given. Two versions of one expert get keys with their versions."""
+    members = [open_expert(ref, registry) for ref in refs]
+    keys = [member.key for member in members]
+    return [
+        open_expert(m.ref, registry, key=m.ref) if keys.count(m.key) > 1 and m.ref.startswith(f"{m.key}@") else m
+        for m in members
+    ]
+
+
+def _all_of_base(registry: Registry, base: BaseModel | None, progress: Progress) -> list[MixtureExpert]:
+    latest = [entry.latest for entry in registry.list() if entry.latest.kind == "expert"]
+    if not latest:
+        raise BadInput(
+            "the registry holds no experts",
+            where=str(registry.folder),
+            hint="publish one with `xpert registry publish`",
+        )
+    if base is None:
+        return [open_expert(version.ref, registry) for version in latest]
+    fitting = [version for version in latest if version.base_fingerprint == base.fingerprint]
+    for version in latest:
+        if version not in fitting:
+            progress.say(f"out: {version.ref} belongs to another base ({version.base})")
+    if not fitting:
+        raise BadInput(
+            f"no expert of the registry belongs to base {base.ref}; they belong to "
+            f"{', '.join(sorted({version.base for version in latest}))}",
+            where=str(registry.folder),
+        )
+    return [open_expert(version.ref, registry) for version in fitting]
+
+
+def _recruited(mixture: Mixture, shots: Shots, max_experts: int, device: str, progress: Progress) -> Mixture:
+    from xpert.experts.recruit import recruit
+    from xpert.experts.serving import load_engine
+
+    lm, engine = load_engine(mixture, device=device, max_batch=max(1, min(16, len(shots))), progress=progress)
+    found = recruit(lm, engine, mixture.keys, shots, max_experts=max_experts, progress=progress)
+    for one in found:
+        progress.say(f"{'in ' if one.chosen else 'out'}: {one.key}: {one.reason}")
+    by_key = {expert.key: expert for expert in mixture.experts}
+    return assemble(
+        [by_key[one.key] for one in found if one.chosen],
+        router=mixture.router,
+        router_params=mixture.router_params,
+        name=mixture.name,
+        registry=mixture.registry,
+        base=mixture.base,
+        recruited=[one.to_dict() for one in found],
+    )
+
+
+def _base_model(ref: str) -> BaseModel:
+    from xpert.language_model import model_fingerprint
+
+    location = str(Path(ref).resolve()) if Path(ref).exists() else ref
+    return BaseModel(location, model_fingerprint(ref))
+
+
+def _given(options: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that were given, in their own types, so that defaults may improve under old mixtures."""
+    typed = options.to_dict()
+    return {name: typed[name] for name in (key.replace("-", "_") for key in params)}

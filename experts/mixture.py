@@ -1,0 +1,349 @@
+"""Mixtures: a named set of experts of one base model and the router in front of them.
+
+    {"kind": "mixture", "schema": 1, "name": ...,
+     "base": {"ref": ..., "fingerprint": ..., "architecture": ...},
+     "registry": FOLDER or null,
+     "experts": [{"key": ..., "ref": "owner/name@2" or a path, "fingerprint": sha256 of the weights, "weight": 1.0}],
+     "router": "centroid", "router_params": {...}, "recruited": [...], "created": ...}
+
+A path begins with `/` or `.`; one that lies beside or below the mixture file is written relative to it, so that the
+folder can be moved. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xpert import plugins
+from xpert.errors import BadInput, Corrupt, NotFound, nearest
+from xpert.protocols import RoutableExpert
+from xpert.registry.card import CARD_FILE, EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.storage import check_output, hash_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from xpert.registry.versions import Version
+
+__all__ = ["BASE", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
+
+SCHEMA = 1
+MIXTURE_FILE = "mixture.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASE = "base"
+"""The name under which the base model alone is asked for."""
+
+
+class ExpertStore(Protocol):
+    """The part of `registry.store.Registry` that mixtures need."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def resolve(self, ref: str) -> Version: ...
+
+    def pull(self, ref: str) -> Path: ...
+
+
+@dataclass(frozen=True)
+class MixtureExpert:
+    """One expert of a mixture: its key there, where it comes from, the sha256 of its weights, and its folder here.
+
+    `weight` scales the share it gets wherever a route holds several experts.
+    """
+
+    key: str
+    ref: str
+    fingerprint: str
+    folder: Path = field(compare=False)
+    weight: float = 1.0
+
+    @cached_property
+    def card(self) -> ExpertCard:
+        return ExpertCard.read(self.folder)
+
+    def routable(self) -> RoutableExpert:
+        """What routers may know. Of the training rows only those of the expert's own skills stand for it."""
+        lines = _read_exemplars(self.folder / EXEMPLARS_FILE)
+        shot_skills = {str(line["skill"]) for line in lines if line.get("kind") == "shot" and line.get("skill")}
+        own = set(self.card.skills) or shot_skills
+        kept = [
+            line
+            for line in lines
+            if line.get("kind") == "shot" or not own or not line.get("skill") or line["skill"] in own
+        ]
+        profile = self.card.profile
+        return RoutableExpert(
+            key=self.key,
+            exemplars=tuple(line["prompt"] for line in kept),
+            skills=tuple(sorted(own)),
+            skill_scores={s: score.expert.score for s, score in profile.skills.items()} if profile else {},
+            exemplar_skills=tuple(line.get("skill") or "" for line in kept),
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of one base and their router; all folders are at hand and checked."""
+
+    name: str
+    base: BaseModel
+    experts: tuple[MixtureExpert, ...]
+    router: str
+    router_params: Mapping[str, Any] = field(default_factory=dict)
+    registry: str | None = None
+    recruited: Sequence[Mapping[str, Any]] = ()
+    created: str = ""
+
+    def __post_init__(self) -> None:
+        keys = [expert.key for expert in self.experts]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise BadInput(f"two experts of the mixture are called {key!r}", hint="name one of them only")
+            if key in (BASE, self.name):
+                raise BadInput(f"an expert may not be called {key!r}: that name means something else here")
+        router_options(self.router, self.router_params)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(expert.key for expert in self.experts)
+
+    def to_dict(self, *, anchor: Path) -> dict[str, Any]:
+        """The content of a mixture file that will lie in the folder `anchor`."""
+        return {
+            "kind": "mixture",
+            "schema": SCHEMA,
+            "name": self.name,
+            "base": asdict(self.base),
+            "registry": self.registry and _portable(self.registry, anchor),
+            "experts": [
+                {
+                    "key": e.key,
+                    "ref": _portable(e.ref, anchor) if _is_path(e.ref) else e.ref,
+                    "fingerprint": e.fingerprint,
+                    "weight": e.weight,
+                }
+                for e in self.experts
+            ],
+            "router": self.router,
+            "router_params": dict(self.router_params),
+            "recruited": [dict(line) for line in self.recruited],
+            "created": self.created,
+        }
+
+
+def router_options(router: str, params: Mapping[str, Any]) -> Any:
+    """The router's options, checked; raises BadInput naming an unknown router or parameter."""
+    return plugins.load("router", router).Options.from_mapping(params, where=f"router {router}")
+
+
+def open_expert(ref: str | Path, registry: ExpertStore | None = None, *, key: str | None = None) -> MixtureExpert:
+    """An expert folder, or a registered expert `owner/name[@version]`, as a member of a mixture."""
+    folder = Path(ref)
+    if folder.is_dir():
+        card = ExpertCard.read(folder)
+        weights = folder / WEIGHTS_FILE
+        if not weights.is_file():
+            raise NotFound(f"not an expert folder: it has no {WEIGHTS_FILE}", where=str(folder))
+        name = key or card.name or folder.resolve().name
+        return MixtureExpert(name, str(folder.resolve()), hash_file(weights), folder.resolve())
+    text = str(ref)
+    if registry is None or _is_path(text) or "/" not in text:
+        raise NotFound(
+            "no such expert folder", where=text, hint="give a folder with expert.json, or OWNER/NAME of a registry"
+        )
+    version = registry.resolve(text)
+    if version.kind != "expert":
+        raise BadInput(f"{version.ref} is a {version.kind}, not an expert")
+    pulled = registry.pull(version.ref)
+    return MixtureExpert(key or version.name, version.ref, hash_file(pulled / WEIGHTS_FILE), pulled)
+
+
+def assemble(
+    experts: Sequence[MixtureExpert],
+    *,
+    router: str,
+    router_params: Mapping[str, Any] | None = None,
+    name: str = "mixture",
+    registry: str | None = None,
+    base: BaseModel | None = None,
+    recruited: Sequence[Mapping[str, Any]] = (),
+) -> Mixture:
+    """A mixture of experts of one base; raises BadInput naming two experts whose bases differ."""
+    if not experts:
+        raise BadInput("a mixture needs at least one expert", hint="train one, or publish it to the registry")
+    _check_one_base(experts, base)
+    return Mixture(
+        name=name,
+        base=base or experts[0].card.base,
+        experts=tuple(experts),
+        router=router,
+        router_params=dict(router_params or {}),
+        registry=registry,
+        recruited=recruited,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def load_mixture(ref: str | Path, registry: ExpertStore | None = None) -> Mixture:
+    """A mixture file, a registered mixture or expert `owner/name[@version]`, or an expert folder.
+
+    A single expert is a mixture of one behind router `fixed`. `registry` is where registered experts are looked up;
+    without one, the registry that the mixture file names, or the user's. Raises NotFound for what is not there,
+    BadInput for experts of different bases, Corrupt where an expert is not the one that was mixed.
+    """
+    path = Path(ref)
+    if path.is_dir() and (path / MIXTURE_FILE).is_file() and not (path / CARD_FILE).is_file():
+        path = path / MIXTURE_FILE
+    if path.is_dir():
+        return _of_one(open_expert(path), registry)
+    if path.is_file():
+        return _read(path, registry)
+    text = str(ref)
+    if _is_path(text) or "/" not in text or path.suffix == ".json":
+        raise _no_such_mixture(path)
+    store = registry or _registry(None)
+    version = store.resolve(text)
+    if version.kind == "mixture":
+        return _read(store.pull(version.ref) / MIXTURE_FILE, store, name=version.name)
+    return _of_one(open_expert(version.ref, store), store)
+
+
+def write_mixture(path: Path, mixture: Mixture) -> None:
+    """Writes the file whole. One that exists is kept if it says the same, else BadInput."""
+    value = mixture.to_dict(anchor=path.resolve().parent)
+    if path.is_file():
+        found = _try_read(path)
+        if found is not None and {**found, "created": ""} == {**_plain(value), "created": ""}:
+            return
+    check_output(path)
+    write_json(path, value)
+
+
+def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) -> Mixture:
+    where = str(path)
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("kind") != "mixture":
+        raise BadInput("not a mixture", where=where, hint="`xpert mix` writes one; an expert is given as its folder")
+    if not isinstance(value.get("schema"), int):
+        raise Corrupt("the mixture has no schema number", where=where)
+    if value["schema"] > SCHEMA:
+        raise BadInput(f"written by a newer xpert (schema {value['schema']})", where=where, hint="upgrade xpert")
+    anchor = path.resolve().parent
+    try:
+        base = BaseModel(**value["base"])
+        entries = [(e["key"], e["ref"], e["fingerprint"], float(e.get("weight", 1.0))) for e in value["experts"]]
+        router, params = str(value["router"]), dict(value.get("router_params", {}))
+        recruited, created = tuple(value.get("recruited", ())), str(value.get("created", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Corrupt(f"the mixture is damaged: {error!r}", where=where) from None
+    recorded = value.get("registry")
+    store = registry
+    if store is None and any(not _is_path(ref) for _, ref, _, _ in entries):
+        store = _registry(str(anchor / recorded) if recorded else None)
+    experts = [_member(entry, anchor, store, where) for entry in entries]
+    _check_one_base(experts, base)
+    located = str(store.folder) if store else recorded
+    return Mixture(
+        name or str(value.get("name") or path.stem), base, tuple(experts), router, params, located, recruited, created
+    )
+
+
+def _member(entry: tuple[str, str, str, float], anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
+    key, ref, fingerprint, weight = entry
+    if not 0 < weight < float("inf"):
+        raise BadInput(f"expert {key!r} has the weight {weight}; it must be above 0", where=where)
+    location = str(anchor / ref) if _is_path(ref) else ref
+    expert = open_expert(location, store, key=key)
+    if expert.fingerprint != fingerprint:
+        raise Corrupt(
+            f"expert {key!r} is not the one that was mixed: the weights of {location} have changed",
+            where=where,
+            hint="mix again with `xpert mix`",
+        )
+    return replace(expert, weight=weight)
+
+
+def _of_one(expert: MixtureExpert, registry: ExpertStore | None) -> Mixture:
+    # A mixture and its expert may not share a name, since either can be asked for; the mixture is the common case.
+    located = str(registry.folder) if registry else None
+    return replace(assemble([expert], router="fixed", name=f"{expert.key}:routed", registry=located), created="")
+
+
+def _check_one_base(experts: Iterable[MixtureExpert], base: BaseModel | None) -> None:
+    first: MixtureExpert | None = None
+    for expert in experts:
+        own = expert.card.base
+        if base is not None and own.fingerprint != base.fingerprint:
+            raise BadInput(
+                f"expert {expert.key!r} belongs to base {own.ref} ({own.fingerprint[:12]}), "
+                f"not to {base.ref} ({base.fingerprint[:12]})",
+                hint="give --base that model, or leave the expert out",
+            )
+        first = first or expert
+        other = first.card.base
+        if own.fingerprint != other.fingerprint:
+            raise BadInput(
+                f"experts of different bases cannot be mixed: {first.key!r} belongs to {other.ref} "
+                f"({other.fingerprint[:12]}), {expert.key!r} to {own.ref} ({own.fingerprint[:12]})",
+                hint="choose experts of one base with --experts or --base",
+            )
+
+
+def _registry(location: str | None) -> ExpertStore:
+    from xpert.registry.store import Registry
+
+    store: ExpertStore = Registry(location)
+    return store
+
+
+def _no_such_mixture(path: Path) -> NotFound:
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, beside)
+    hint = (
+        f"did you mean {str(path.parent / close)!r}?"
+        if close
+        else "give a mixture file, OWNER/NAME, or an expert folder"
+    )
+    return NotFound("no such mixture or expert", where=str(path), hint=hint)
+
+
+def _read_exemplars(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["prompt"], str):
+                raise TypeError("prompt is not text")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise Corrupt(f"line {number} is no exemplar: {error!r}", where=str(path)) from None
+        lines.append(line)
+    return lines
+
+
+def _is_path(ref: str) -> bool:
+    return ref.startswith(("/", "."))
+
+
+def _portable(location: str, anchor: Path) -> str:
+    path = Path(location)
+    return f"./{path.relative_to(anchor)}" if path.is_relative_to(anchor) else str(path)
+
+
+def _try_read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = read_json(path)
+    except (BadInput, OSError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain

@@ -1,0 +1,52 @@
+"""A mixture's router, made ready: prompts in, weighted experts and reasons out. Loads no language model unless the
+router's embedder is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from xpert import plugins
+from xpert.experts.mixture import Mixture, router_options
+from xpert.protocols import Route, Router, RouteRequest
+from xpert.records import Row
+
+__all__ = ["MixtureRouter", "explain", "route_request"]
+
+
+class MixtureRouter:
+    """The router of a mixture after `prepare`, with the experts' weights of the mixture applied."""
+
+    def __init__(self, mixture: Mixture, *, seed: int = 0, device: str = "auto") -> None:
+        options = router_options(mixture.router, mixture.router_params)
+        if getattr(options, "base", "") is None:  # a router that can use the base model is told which one it is
+            options = dataclasses.replace(options, base=mixture.base.ref)
+        self.router: Router = plugins.load("router", mixture.router)(options, seed=seed, device=device)
+        self.router.prepare([expert.routable() for expert in mixture.experts])
+        self._weight = {expert.key: expert.weight for expert in mixture.experts}
+
+    def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        return [self._weighted(route) for route in self.router.route(requests)]
+
+    def _weighted(self, route: Route) -> Route:
+        if len(route.experts) < 2 or all(self._weight[key] == 1 for key, _ in route.experts):
+            return route
+        scaled = [(key, weight * self._weight[key]) for key, weight in route.experts]
+        total = sum(weight for _, weight in scaled)
+        scaled.sort(key=lambda pair: (-pair[1], pair[0]))
+        return dataclasses.replace(route, experts=tuple((key, weight / total) for key, weight in scaled))
+
+
+def route_request(row: Row) -> RouteRequest:
+    return RouteRequest(row.id, row.messages, row.skill)
+
+
+def explain(request_id: str, route: Route) -> dict[str, Any]:
+    """A route as plain JSON: what `xpert route` prints and the server answers."""
+    return {
+        "id": request_id,
+        "experts": [{"expert": key, "weight": round(weight, 6)} for key, weight in route.experts],
+        "candidates": [{"expert": c.expert, "score": round(c.score, 6)} for c in route.candidates],
+        "reason": route.reason,
+    }

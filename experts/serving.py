@@ -1,0 +1,222 @@
+"""Running a mixture: routes every prompt of a batch and answers all of them in one batch of mixed experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from xpert import plugins
+from xpert.errors import BadInput
+from xpert.experts.mixture import BASE, Mixture
+from xpert.experts.routing import MixtureRouter, explain, route_request
+from xpert.progress import SILENT, Progress
+from xpert.protocols import EngineRequest, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.records import Message, Row
+
+if TYPE_CHECKING:
+    from xpert.language_model import LanguageModel
+
+__all__ = ["MixtureRunner", "Reply", "load_engine"]
+
+ENGINE = "torch-lora"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, who gave it and why; timings in seconds since the batch began.
+
+    queued: until the engine took the request; first_token: until its first text; total: until its end.
+    """
+
+    id: str
+    output: str
+    route: Route
+    finished: str
+    prompt_tokens: int
+    completion_tokens: int
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "output": self.output,
+            "experts": explain(self.id, self.route)["experts"],
+            "reason": self.route.reason,
+            "finished": self.finished,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
+        }
+
+
+class MixtureRunner:
+    """A mixture with its base model loaded once and all its experts in one engine.
+
+    `engine` holds the experts already; besides `protocols.Engine` it tells its `context` (tokens of prompt and reply).
+    """
+
+    def __init__(self, mixture: Mixture, lm: LanguageModel, engine: Any, router: MixtureRouter) -> None:
+        self.mixture = mixture
+        self.lm = lm
+        self.engine = engine
+        self.router = router
+
+    @classmethod
+    def open(
+        cls,
+        mixture: Mixture,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        max_batch: int = 16,
+        progress: Progress = SILENT,
+    ) -> MixtureRunner:
+        """Prepares the router, loads the base model and every expert."""
+        router = MixtureRouter(mixture, seed=seed, device=device)
+        lm, engine = load_engine(mixture, device=device, dtype=dtype, max_batch=max_batch, progress=progress)
+        return cls(mixture, lm, engine, router)
+
+    def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        return self.router.route(requests)
+
+    def known(self, experts: WeightedExperts) -> Route:
+        """The route of a request that names its expert itself, or the base model."""
+        named = " + ".join(key for key, _ in experts) or "the base model"
+        return Route(experts, (), f"the request asked for {named}")
+
+    def engine_request(
+        self,
+        id: str,
+        messages: Sequence[Message],
+        experts: WeightedExperts,
+        sampling: Sampling,
+        *,
+        tokenizer: Any = None,
+        where: str | None = None,
+    ) -> EngineRequest:
+        """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
+
+        Raises BadInput where the prompt alone fills the context; `where` is how the user knows it.
+        """
+        from xpert.language_model import encode_prompt
+
+        ids = encode_prompt(tokenizer or self.lm.tokenizer, messages)
+        room = self.engine.context - len(ids)
+        if room < 1:
+            raise BadInput(
+                f"the prompt has {len(ids):,} tokens, and the base model's context holds {self.engine.context:,}",
+                where=where,
+                hint="shorten it",
+            )
+        return EngineRequest(id, ids, experts, dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        sampling: Sampling,
+        *,
+        progress: Progress = SILENT,
+        finished: Callable[[int, Reply], None] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Reply]:
+        """Replies in the order of the rows. `finished(index, reply)` hears of each as it ends.
+
+        With a seed, every row draws from its own one, made of the seed and the row's number (by default its index),
+        so that its answer does not depend on its neighbours.
+        """
+        numbers = range(len(rows)) if numbers is None else numbers
+        routes = self.route([route_request(row) for row in rows])
+        requests = [
+            self.engine_request(
+                str(index),
+                row.messages,
+                routes[index].experts,
+                _own_seed(sampling, number),
+                where=f"prompt {row.id}",
+            )
+            for index, (number, row) in enumerate(zip(numbers, rows, strict=True))
+        ]
+        begin = time.monotonic()
+        clock: dict[int, dict[str, float]] = {index: {} for index in range(len(rows))}
+        texts: list[list[str]] = [[] for _ in rows]
+        replies: dict[int, Reply] = {}
+
+        def feed() -> Iterator[EngineRequest]:
+            for index, request in enumerate(requests):
+                clock[index]["queued"] = time.monotonic() - begin
+                yield request
+
+        with progress.task("answering", total=len(rows)) as task:
+            tokens = 0
+            for piece in self.engine.generate(feed()):
+                index = int(piece.request_id)
+                clock[index].setdefault("first_token", time.monotonic() - begin)
+                texts[index].append(piece.text)
+                if piece.finished is None:
+                    continue
+                clock[index]["total"] = time.monotonic() - begin
+                tokens += piece.completion_tokens
+                reply = replies[index] = Reply(
+                    rows[index].id,
+                    "".join(texts[index]),
+                    routes[index],
+                    piece.finished,
+                    piece.prompt_tokens,
+                    piece.completion_tokens,
+                    clock[index],
+                )
+                if finished is not None:
+                    finished(index, reply)
+                task.advance(1, f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s")
+        return [replies[index] for index in range(len(rows))]
+
+    def experts_of_model(self, model: str) -> WeightedExperts | None:
+        """What `model` of a request means: None for the routed mixture, else the expert it names, or the base's ().
+
+        Raises NotFound with the nearest name.
+        """
+        from xpert.errors import unknown
+
+        if model == self.mixture.name:
+            return None
+        if model == BASE:
+            return ()
+        if model not in self.mixture.keys:
+            raise unknown("model", model, (self.mixture.name, BASE, *self.mixture.keys))
+        return ((model, 1.0),)
+
+
+def load_engine(
+    mixture: Mixture, *, device: str, dtype: str = "auto", max_batch: int, progress: Progress = SILENT
+) -> tuple[LanguageModel, Any]:
+    """The base model of a mixture and an engine that holds all its experts.
+
+    Raises BadInput where the base model at hand is not the one that the experts were trained on.
+    """
+    from xpert.language_model import load_model
+
+    progress.say(f"loading {mixture.base.ref}")
+    lm = load_model(mixture.base.ref, device=device, dtype=dtype, progress=progress)
+    if lm.fingerprint != mixture.base.fingerprint:
+        raise BadInput(
+            f"this base model ({lm.fingerprint[:12]}) is not the one the experts were trained on "
+            f"({mixture.base.fingerprint[:12]})",
+            where=mixture.base.ref,
+            hint="restore that model, or train the experts again",
+        )
+    engine = plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
+    with progress.task("loading experts", total=len(mixture.experts)) as task:
+        for expert in mixture.experts:
+            engine.add_expert(expert.key, expert.folder)
+            task.advance(1, expert.key)
+    return lm, engine
+
+
+def _own_seed(sampling: Sampling, number: int) -> Sampling:
+    if sampling.seed is None:
+        return sampling
+    return dataclasses.replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**63)

@@ -1,0 +1,226 @@
+"""What can be scored: models, experts and mixtures named on the command line, and the controls beside a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xpert import plugins
+from xpert.errors import BadInput, NotFound
+from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
+from xpert.experts.mixture import BASE, ExpertStore, Mixture, load_mixture
+from xpert.experts.routing import MixtureRouter
+from xpert.experts.serving import ENGINE
+from xpert.progress import SILENT, Progress
+from xpert.protocols import RouteRequest, WeightedExperts
+from xpert.records import SuiteItem
+from xpert.registry.card import CARD_FILE
+
+__all__ = [
+    "Entrant",
+    "average",
+    "control_subjects",
+    "loaded_engine",
+    "open_entrants",
+    "routed_subject",
+    "run_entrants",
+    "score_subjects",
+]
+
+RANDOM_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One thing to score: a mixture (an expert is a mixture of one), or a model alone."""
+
+    name: str
+    base: str
+    mixture: Mixture | None = None
+
+
+def open_entrants(refs: Sequence[str], registry: ExpertStore | None = None) -> list[Entrant]:
+    """Mixture files, expert folders, registered names, model folders, hub names and `.gguf` files, in order.
+
+    A name OWNER/NAME is looked up in the registry first, and is a hub model where the registry has none such.
+    """
+    entrants: list[Entrant] = []
+    for ref in dict.fromkeys(refs):
+        found = _entrant(ref, registry)
+        names = [entrant.name for entrant in entrants]
+        entrants.append(Entrant(ref, found.base, found.mixture) if found.name in names else found)
+    return entrants
+
+
+def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
+    path = Path(ref)
+    if path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / CARD_FILE).is_file()):
+        return Entrant(path.name or ref, ref)
+    if not path.exists() and ref.count("/") == 1 and not ref.startswith((".", "/")):
+        from xpert.registry.store import Registry
+
+        store = registry or Registry()
+        try:
+            store.resolve(ref)
+        except NotFound:
+            return Entrant(ref, ref)
+        registry = store
+    mixture = load_mixture(ref, registry)
+    # A single expert is called by its own key, not by the name of the mixture of one around it.
+    name = mixture.keys[0] if len(mixture.keys) == 1 and mixture.router == "fixed" else mixture.name
+    return Entrant(name, mixture.base.ref, mixture)
+
+
+@contextmanager
+def loaded_engine(
+    base: str, *, fingerprint: str | None = None, device: str = "auto", max_batch: int = 16, progress: Progress = SILENT
+) -> Iterator[tuple[Any, Any]]:
+    """(language model, engine) of a base; raises BadInput where its weights are not those with this fingerprint."""
+    from xpert.language_model import load_model
+
+    progress.say(f"loading {base}")
+    lm = load_model(base, device=device, progress=progress)
+    if fingerprint is not None and lm.fingerprint != fingerprint:
+        raise BadInput(
+            f"this base model ({lm.fingerprint[:12]}) is not the one the expert was trained on ({fingerprint[:12]})",
+            where=base,
+            hint="restore that model, or train the expert again",
+        )
+    yield lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
+
+
+def run_entrants(
+    entrants: Sequence[Entrant],
+    items: Sequence[SuiteItem],
+    options: EvalOptions,
+    *,
+    controls: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Scores all entrants on the items; those of one base share its engine and their answers.
+
+    `controls` puts the base, every expert, random routing (three seeds, averaged) and oracle routing beside each
+    mixture of several experts.
+    """
+    results: dict[str, Sequence[ItemResult]] = {}
+    generated = 0
+    for base in dict.fromkeys(entrant.base for entrant in entrants):
+        group = [entrant for entrant in entrants if entrant.base == base]
+        prints = {e.mixture.base.fingerprint for e in group if e.mixture}
+        if len(prints) > 1:
+            raise BadInput(f"experts trained on different weights of {base} cannot be scored together")
+        with loaded_engine(
+            base, fingerprint=next(iter(prints), None), device=device, max_batch=options.max_batch, progress=progress
+        ) as (lm, engine):
+            subjects: list[Subject] = []
+            averaged: dict[str, list[str]] = {}
+            for entrant in group:
+                if entrant.mixture is None:
+                    subjects.append(Subject.fixed(entrant.name, ()))
+                    continue
+                keys = _add_experts(engine, entrant.mixture)
+                subjects.append(
+                    routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
+                )
+                if controls and len(entrant.mixture.experts) > 1:
+                    found, groups = control_subjects(entrant.mixture, keys, seed=seed)
+                    subjects += [s for s in found if s.name not in {other.name for other in subjects}]
+                    averaged |= groups
+            scored = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
+            generated += scored.generated
+            parts = dict(scored.results)
+            for name, members in averaged.items():
+                parts[name] = average([parts.pop(member) for member in members])
+            results |= parts
+    return Evaluation(items, results, seed=seed, generated=generated)
+
+
+def score_subjects(
+    lm: Any,
+    engine: Any,
+    subjects: Sequence[Subject],
+    items: Sequence[SuiteItem],
+    options: EvalOptions,
+    *,
+    known: Evaluation | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """`evaluate` with the prompts and answers in the base's chat form."""
+    from xpert.chat_form import answer_ids, encode_prompt
+
+    return evaluate(
+        engine,
+        lambda item: encode_prompt(lm.tokenizer, item.row.messages),
+        lambda answer: answer_ids(lm.tokenizer, [answer])[0],
+        items,
+        subjects,
+        options,
+        known=known,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def control_subjects(
+    mixture: Mixture, keys: Mapping[str, str], *, seed: int = 0
+) -> tuple[list[Subject], dict[str, list[str]]]:
+    """What a routed mixture is compared with, and which subjects are averaged under which name.
+
+    The oracle knows each item's skill and takes the expert made for it; it is the best that routing by skill can do.
+    """
+    subjects = [Subject.fixed(BASE, ())]
+    subjects += [Subject.fixed(expert.key, ((keys[expert.key], 1.0),)) for expert in mixture.experts]
+    seeds = [f"random routing #{number + 1}" for number in range(RANDOM_SEEDS)]
+    subjects += [_by_router(name, mixture, "random", keys, seed=seed + n) for n, name in enumerate(seeds)]
+    subjects.append(_by_router("oracle routing", mixture, "oracle", keys, seed=seed))
+    return subjects, {"random routing": seeds}
+
+
+def average(several: Sequence[Sequence[ItemResult]]) -> list[ItemResult]:
+    """Item by item, the mean score of several results; outputs and experts are those of the first."""
+    return [
+        ItemResult(
+            group[0].id,
+            group[0].skill,
+            group[0].output,
+            sum(result.score for result in group) / len(group),
+            None,
+            group[0].experts,
+        )
+        for group in zip(*several, strict=True)
+    ]
+
+
+def _add_experts(engine: Any, mixture: Mixture) -> dict[str, str]:
+    """Adds a mixture's experts under keys that no other mixture's can bear; mixture key -> engine key."""
+    keys = {}
+    for expert in mixture.experts:
+        keys[expert.key] = f"{expert.key}@{expert.fingerprint[:12]}"
+        engine.add_expert(keys[expert.key], expert.folder)
+    return keys
+
+
+def routed_subject(name: str, router: MixtureRouter, keys: Mapping[str, str]) -> Subject:
+    """A mixture's own routing; `keys` maps the mixture's keys to the engine's."""
+    return Subject(name, _assign(router, keys))
+
+
+def _by_router(name: str, mixture: Mixture, router: str, keys: Mapping[str, str], *, seed: int) -> Subject:
+    plugin = plugins.load("router", router)
+    made = plugin(plugin.Options(), seed=seed)
+    made.prepare([expert.routable() for expert in mixture.experts])
+    return Subject(name, _assign(made, keys))
+
+
+def _assign(router: Any, keys: Mapping[str, str]) -> Callable[[Sequence[SuiteItem]], list[WeightedExperts]]:
+    def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        routes = router.route([RouteRequest(item.row.id, item.row.messages, item.skill) for item in items])
+        return [tuple((keys[key], weight) for key, weight in route.experts) for route in routes]
+
+    return assign

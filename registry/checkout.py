@@ -1,0 +1,66 @@
+"""Versions copied out of the store: every byte is checked on its way, and a folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from xpert.progress import Progress
+from xpert.registry.blobs import BlobStore
+from xpert.registry.versions import Record
+from xpert.storage import cache_folder, disk_errors, draft_folder, hash_file
+
+__all__ = ["check_out", "check_out_to_cache"]
+
+
+def check_out(blobs: BlobStore, record: Record, target: Path) -> Path:
+    """Writes a version's files to the new folder `target`."""
+    with draft_folder(target) as draft:
+        _fill(blobs, record, draft)
+    return target
+
+
+def check_out_to_cache(blobs: BlobStore, record: Record, progress: Progress) -> Path:
+    """The version's folder in the cache, under its digest; made where it is not there, made again where damaged."""
+    target = cache_folder() / "experts" / record.version.digest
+    if is_sound(target, record):
+        return target
+    if target.exists():
+        progress.say(f"the cached copy of {record.version.ref} was changed or damaged; copying it again")
+        with disk_errors(target):
+            aside = target.with_name(f".{target.name}.draft-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            target.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    # Another process may make the same folder meanwhile. So each fills its own, and the first rename wins.
+    own = target.with_name(f".{target.name}.draft-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        check_out(blobs, record, own)
+        try:
+            own.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_sound(target, record):
+                raise
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return target
+
+
+def is_sound(folder: Path, record: Record) -> bool:
+    """Whether the folder holds exactly the version's files. Reads them all."""
+    if not folder.is_dir():
+        return False
+    held = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    return held.keys() == {file.path for file in record.files} and all(
+        held[file.path].stat().st_size == file.size and hash_file(held[file.path]) == file.sha256
+        for file in record.files
+    )
+
+
+def _fill(blobs: BlobStore, record: Record, folder: Path) -> None:
+    for file in record.files:
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        blobs.copy(file.sha256, target, what=f"{record.version.ref}: {file.path}")

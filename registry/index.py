@@ -1,0 +1,239 @@
+"""The SQLite index of a registry: what `list` and `search` read. The record files are the truth; it follows them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from xpert.errors import BadInput, Corrupt, Unavailable
+from xpert.registry.versions import Version
+
+__all__ = ["Index", "search_words"]
+
+_WAIT_SECONDS = 120.0
+
+# Script n brings an index from user_version n to n + 1; only ever append.
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE versions (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL, kind TEXT NOT NULL, digest TEXT NOT NULL,
+        created TEXT NOT NULL, size INTEGER NOT NULL, base TEXT NOT NULL, base_fingerprint TEXT NOT NULL,
+        description TEXT NOT NULL, skills TEXT NOT NULL, scores TEXT NOT NULL, uses TEXT NOT NULL,
+        UNIQUE (name, version)
+    );
+    CREATE INDEX versions_by_digest ON versions (name, digest);
+    CREATE INDEX versions_by_kind ON versions (kind);
+    CREATE TABLE removed (name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, version)) WITHOUT ROWID;
+    """,
+)
+_WORD_TABLE = (
+    "CREATE VIRTUAL TABLE words USING fts5(name, description, skills, tokenize='unicode61 remove_diacritics 2')"
+)
+_COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, description, skills, scores, uses"
+_FIELDS = _COLUMNS.split(", ")
+_LATEST = "SELECT id FROM (SELECT id, max(version) FROM versions GROUP BY name)"
+
+
+class Index:
+    """One connection to the index; close it after use. Many processes may hold one each."""
+
+    def __init__(self, connection: sqlite3.Connection, *, words: bool) -> None:
+        self._db = connection
+        self.has_words = words
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path | None, *, full_text: bool = True) -> Iterator[Self]:
+        """The index at `path`, made or migrated where needed; None keeps one in memory.
+
+        `full_text=False` makes a new index without the FTS5 table, as a SQLite without that extension does.
+        Raises Unavailable where it stays locked, BadInput where it may not be written, Corrupt where it is damaged.
+        """
+        with _database_errors(path):
+            connection = sqlite3.connect(path or ":memory:", timeout=_WAIT_SECONDS, isolation_level=None)
+            try:
+                _prepare(connection, path, full_text)
+                found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone()
+                yield cls(connection, words=found is not None)
+            finally:
+                connection.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction that no other writer shares; undone where the block fails."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def listing(self) -> dict[tuple[str, int], bool]:
+        """(name, version) -> whether it was removed, as `RecordFolder.listing` tells it."""
+        found = dict.fromkeys(self._db.execute("SELECT name, version FROM versions"), False)
+        return found | dict.fromkeys(self._db.execute("SELECT name, version FROM removed"), True)
+
+    def add(self, version: Version) -> None:
+        row = (
+            *(version.name, version.version, version.kind, version.digest, version.created, version.size),
+            *(version.base, version.base_fingerprint, version.description, json.dumps(version.skills)),
+            *(json.dumps(dict(version.scores)), json.dumps(version.uses)),
+        )
+        marks = ", ".join("?" * len(row))
+        cursor = self._db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES ({marks})", row)
+        if self.has_words:
+            self._db.execute(
+                "INSERT INTO words (rowid, name, description, skills) VALUES (?, ?, ?, ?)",
+                (cursor.lastrowid, version.name, version.description, " ".join(version.skills)),
+            )
+
+    def mark_removed(self, name: str, version: int) -> None:
+        found = self._db.execute("SELECT id FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
+        if found is not None:
+            self._db.execute("DELETE FROM versions WHERE id = ?", found)
+            if self.has_words:
+                self._db.execute("DELETE FROM words WHERE rowid = ?", found)
+        self._db.execute("INSERT OR IGNORE INTO removed VALUES (?, ?)", (name, version))
+
+    def names(self) -> list[str]:
+        return [name for (name,) in self._db.execute("SELECT DISTINCT name FROM versions ORDER BY name")]
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of a name, oldest first."""
+        return self._versions("WHERE name = ? ORDER BY version", (name,))
+
+    def all(self, *, kind: str | None = None) -> list[Version]:
+        where, given = ("WHERE kind = ?", (kind,)) if kind else ("", ())
+        return self._versions(f"{where} ORDER BY name, version", given)
+
+    def clash(self, name: str) -> str | None:
+        """A name that differs from `name`, or whose owner differs from its owner, by case only."""
+        owner = name.partition("/")[0]
+        size = len(owner) + 1
+        row = self._db.execute(
+            "SELECT name FROM versions WHERE (lower(name) = lower(:name) AND name != :name)"
+            " OR (lower(substr(name, 1, :size)) = lower(:owner) AND substr(name, 1, :size) != :owner) LIMIT 1",
+            {"name": name, "owner": owner + "/", "size": size},
+        ).fetchone()
+        return row[0] if row else None
+
+    def search(self, text: str) -> list[Version]:
+        """The latest version of every name that matches all words of `text` by their beginnings, best match first.
+
+        Without the FTS5 table the same versions are found, in the order of their names.
+        """
+        words = search_words(text)
+        if not words:
+            return self._versions(f"WHERE id IN ({_LATEST}) ORDER BY name", ())
+        if self.has_words:
+            query = " ".join(f'"{word}"*' for word in words)
+            return self._versions(
+                f"JOIN words ON words.rowid = versions.id WHERE words MATCH ? AND id IN ({_LATEST})"
+                " ORDER BY bm25(words, 4, 1, 2), versions.name",
+                (query,),
+                table="versions.",
+            )
+        latest = self._versions(f"WHERE id IN ({_LATEST}) ORDER BY name", ())
+        return [version for version in latest if _matches(version, words)]
+
+    def unsound(self) -> list[str]:
+        """What SQLite's own check finds wrong, in its words."""
+        found = [line for (line,) in self._db.execute("PRAGMA quick_check(20)")]
+        return [] if found == ["ok"] else found
+
+    def _versions(self, rest: str, given: Sequence[object], *, table: str = "") -> list[Version]:
+        columns = ", ".join(table + column for column in _FIELDS)
+        rows = self._db.execute(f"SELECT {columns} FROM versions {rest}", given)
+        return [_version(row) for row in rows]
+
+
+def _version(row: Sequence[Any]) -> Version:
+    name, version, kind, digest, created, size, base, fingerprint, description, skills, scores, uses = row
+    lists = tuple(json.loads(skills)), json.loads(scores), tuple(json.loads(uses) if uses != "[]" else ())
+    return Version(name, version, kind, digest, created, size, base, fingerprint, description, *lists)
+
+
+def search_words(text: str) -> list[str]:
+    """The words of a text as the index compares them: runs of letters and digits, folded in case and accents."""
+    plain = unicodedata.normalize("NFKD", text.lower())
+    return re.findall(r"[^\W_]+", "".join(letter for letter in plain if not unicodedata.combining(letter)))
+
+
+def _matches(version: Version, words: Iterable[str]) -> bool:
+    held = search_words(" ".join((version.name, version.description, *version.skills)))
+    return all(any(other.startswith(word) for other in held) for word in words)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path | None, full_text: bool) -> None:
+    """Sets the journal mode and applies the migrations that are missing."""
+    connection.execute("PRAGMA synchronous = NORMAL")  # the index can be made again; the records are fsynced
+    if path is not None:
+        _patiently(connection, "PRAGMA journal_mode = WAL")
+    if connection.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
+        return
+    _patiently(connection, "BEGIN IMMEDIATE")
+    try:
+        at = connection.execute("PRAGMA user_version").fetchone()[0]
+        if at > len(MIGRATIONS):
+            raise BadInput(
+                f"the index was written by a newer xpert (schema {at})", where=str(path), hint="upgrade xpert"
+            )
+        for script in MIGRATIONS[at:]:
+            for statement in script.split(";"):
+                connection.execute(statement)
+        if at == 0 and full_text and _has_fts5(connection):
+            connection.execute(_WORD_TABLE)
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _has_fts5(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
+
+
+def _patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Runs a statement for which SQLite does not itself wait: several processes may be making the index at once."""
+    end = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+
+
+@contextmanager
+def _database_errors(path: Path | None) -> Iterator[None]:
+    where = str(path)
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise Unavailable("another process keeps the index locked", where=where, hint="try again later") from None
+        if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+            raise Unavailable(
+                f"the disk failed: {error}", where=where, hint="free some space and run it again"
+            ) from None
+        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            raise BadInput(f"the index may not be written: {error}", where=where) from None
+        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+            raise Corrupt(
+                f"the index is damaged: {error}",
+                where=where,
+                hint="remove this file: it is made again from the records",
+            ) from None
+        raise

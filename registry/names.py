@@ -1,0 +1,77 @@
+"""Names of the registry: `owner/name`, references such as `owner/name@3`, and where a registry lies."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from xpert.errors import BadInput, Unavailable
+from xpert.storage import data_folder
+
+__all__ = ["LATEST", "NAME_PATTERN", "Ref", "check_name", "default_registry", "parse_ref", "registry_folder"]
+
+LATEST = "latest"
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NAME_PATTERN = re.compile(f"{_PART}/{_PART}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A name and a version; version None is the latest one."""
+
+    name: str
+    version: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.version is None else f"{self.name}@{self.version}"
+
+
+def check_name(name: str) -> str:
+    """Returns `name`; raises BadInput unless it is `owner/name` of letters, digits, `.`, `_` and `-`."""
+    if NAME_PATTERN.fullmatch(name) is None:
+        raise BadInput(
+            f"{name!r} is not a name",
+            hint="write OWNER/NAME, each of 1 to 64 letters, digits, '.', '_' or '-', the first no sign",
+        )
+    return name
+
+
+def parse_ref(text: str) -> Ref:
+    """`owner/name`, `owner/name@3` or `owner/name@latest`; raises BadInput for anything else."""
+    name, at, version = text.partition("@")
+    check_name(name)
+    if not at or version == LATEST:
+        return Ref(name)
+    if _VERSION.fullmatch(version) is None:
+        raise BadInput(f"{version!r} is not a version of {name}", hint=f"write {name}@3, or {name}@{LATEST}")
+    return Ref(name, int(version))
+
+
+def default_registry() -> Path:
+    """`$XPERT_REGISTRY`, or `registry` in the user's data folder."""
+    set_by_user = os.environ.get("XPERT_REGISTRY")
+    return registry_folder(set_by_user) if set_by_user else data_folder() / "registry"
+
+
+def registry_folder(location: str | Path) -> Path:
+    """The folder a path or `file://` URL means. Other schemes raise Unavailable: remotes do not exist yet."""
+    text = str(location)
+    if not text:
+        raise BadInput("the registry's path is empty", hint="write --registry FOLDER")
+    if isinstance(location, Path) or _SCHEME.match(text) is None:
+        return Path(text).expanduser()
+    parts = urlsplit(text)
+    if parts.scheme.lower() != "file":
+        raise Unavailable(
+            f"registries at {parts.scheme}:// addresses are not supported yet",
+            where=text,
+            hint="use a folder: --registry PATH or file:///PATH",
+        )
+    if parts.netloc not in ("", "localhost"):
+        raise BadInput("a file URL of another machine", where=text, hint="write file:///PATH")
+    return Path(unquote(parts.path))
