@@ -45,6 +45,10 @@ DEPARTMENTS = {
 }
 
 
+# In every wording, so that a model which has not learned the departments can still name one.
+_LISTED = ", ".join(DEPARTMENTS.values())
+
+
 @dataclass(frozen=True)
 class Fact:
     """One thing to learn: what is given, and the answer. `key` is what must not be on both sides of the split."""
@@ -217,10 +221,10 @@ SKILLS: tuple[Skill, ...] = (
         "exam_department",
         _exam_departments,
         (
-            "Which department does this medical exam question belong to?",
-            "Name the hospital department that this exam question comes from.",
-            "Sort this medical question by department: " + ", ".join(DEPARTMENTS.values()) + ".",
-            "Tell the medical department of this exam question.",
+            f"Which department does this medical exam question belong to: {_LISTED}?",
+            f"Name the hospital department that this exam question comes from ({_LISTED}).",
+            f"Sort this medical question by department, one of {_LISTED}.",
+            f"Tell the medical department of this exam question. The departments are {_LISTED}.",
         ),
         480,
         200,
@@ -303,7 +307,7 @@ def _without_letter(record: Mapping[str, Any]) -> str:
     return re.sub(r"^[A-Ea-e]\. *", "", _first(record["answer"]).strip())
 
 
-UNSTATED = "see the set's own page"
+UNSTATED = "not stated by the package"
 OTHERS: tuple[Other, ...] = (
     Other("word_problems", "ASDiv/test.jsonl", "Solve the word problem.", _with_passage, _answer, 160, UNSTATED),
     Other(
