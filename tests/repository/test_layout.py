@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+
+from xpert.commands.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -126,3 +129,8 @@ def test_help_imports_no_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "Commands:" in done.stdout
     assert set(done.stderr.split()) == {"xpert.commands", "xpert.commands.main", "xpert.errors"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_is_there(name: str, xpert: Callable[..., Result]) -> None:
+    assert xpert(name, "--help").exit_code == 0
