@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from xpert.commands.options import Session, common_options, config_options, take
 from xpert.features import FeatureOptions
 from xpert.pool_build import PoolOptions

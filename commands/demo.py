@@ -19,10 +19,9 @@ __all__ = ["command"]
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("xpert-demo"), show_default=True, help="Folder."
 )
-@click.option("--budget", default="300", show_default=True, help="Rows selected for each expert.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N held-out items a skill.")
 @common_options
-def command(session: Session, out: Path, budget: str, limit: int | None) -> None:
+def command(session: Session, out: Path, limit: int | None) -> None:
     """Run the whole chain on real data and a real model: select, train, profile, publish, mix, route, answer.
 
     Three skills, eight examples each, SmolLM2-135M-Instruct on the CPU; model and data come from installed Python
@@ -30,9 +29,7 @@ def command(session: Session, out: Path, budget: str, limit: int | None) -> None
     """
     from xpert.experts.demo.chain import run_demo
 
-    result = run_demo(
-        out, budget=budget, limit=limit, device=session.device, seed=session.seed, progress=session.progress
-    )
+    result = run_demo(out, limit=limit, device=session.device, seed=session.seed, progress=session.progress)
     session.result(result.to_dict(), _summary(result))
 
 

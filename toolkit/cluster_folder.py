@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+
 from xpert.clustering import Clusters
 from xpert.errors import BadInput, Corrupt
 from xpert.features import FeatureOptions, Features

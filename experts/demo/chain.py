@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import Unavailable
-from xpert.experts.demo.sources import package_folder, write_demo_data
+from xpert.experts.demo.sources import SKILLS, package_folder, write_demo_data
 from xpert.experts.evaluate import EvalOptions, Evaluation, Subject, usable_items
 from xpert.experts.train_options import TrainOptions
 from xpert.progress import SILENT, Progress, duration
 from xpert.storage import write_json
 
-__all__ = ["BUDGET", "DemoResult", "base_model", "run_demo"]
+__all__ = ["DemoResult", "base_model", "run_demo"]
 
-BUDGET = 300
-TRAINING = TrainOptions(learning_rate=1e-3, epochs=1.0, batch_size=4, max_length=256)
+TRAINING = TrainOptions(learning_rate=1e-3, epochs=1.0, batch_size=4, dropout=0.0, max_length=256)
 SCORING = EvalOptions(max_tokens=24, max_batch=24)
 OWNER = "demo"
 MIXTURE = "mixture"
@@ -79,7 +78,6 @@ def base_model() -> str:
 def run_demo(
     out: Path,
     *,
-    budget: str = str(BUDGET),
     training: TrainOptions = TRAINING,
     limit: int | None = None,
     device: str = "auto",
@@ -113,12 +111,13 @@ def run_demo(
     selected: dict[str, Mapping[str, int]] = {}
     reports: list[Path] = []
     for skill, shots in data.shots.items():
+        budget = next(known.budget for known in SKILLS if known.name == skill)
         with clock.step("select", f"Selecting {budget} rows for {skill}, from eight examples"):
             selection = select(
                 pool_folder,
                 shots=shots,
                 method="kshot",
-                budget=budget,
+                budget=str(budget),
                 out=out / "selections" / skill,
                 seed=seed,
                 device=device,

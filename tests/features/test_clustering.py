@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xpert.cluster_folder import cluster_pool, read_clusters
 from xpert.clustering import _fill_empty, cluster, cluster_count, telling_terms
 from xpert.data import pool_from_rows

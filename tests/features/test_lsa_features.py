@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from xpert.data import pool_from_rows
 from xpert.embedders.lsa import Lsa
 from xpert.embedding import FittedEmbedder, normalise, open_embedder

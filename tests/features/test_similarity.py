@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from xpert.protocols import Floats
 from xpert.similarity import max_similarity, nearest, similarity_blocks
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from xpert.data import pool_from_rows
 from xpert.embedders import _pooling
 from xpert.embedding import open_embedder
@@ -73,6 +74,7 @@ def test_lm_batches_make_no_difference(tiny_base: Path, monkeypatch: pytest.Monk
 
 def test_pooling_is_the_mean_over_own_tokens() -> None:
     import torch
+
     from xpert.progress import SILENT
 
     table = torch.randn(10, 5, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from xpert.report.page import histogram, write_page
 from xpert.report.selection_report import project
 

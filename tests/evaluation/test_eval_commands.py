@@ -1,0 +1,144 @@
+"""`xpert profile` and `xpert eval` on the tiny model, through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from xpert.registry.card import CARD_FILE, BaseModel, ExpertCard
+from xpert.storage import hash_file
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def expert(tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """An expert folder on the tiny base, as training leaves it."""
+
+    def make(name: str, seed: int) -> Path:
+        import shutil
+
+        from xpert.model_files import model_fingerprint
+
+        folder = tmp_path / name
+        shutil.copytree(make_adapter(seed=seed), folder)
+        (folder / "exemplars.jsonl").write_text(
+            json.dumps({"prompt": f"{name} of something", "skill": name, "kind": "shot"}) + "\n", encoding="utf-8"
+        )
+        figures = {"rows": 1, "shots": 1, "steps": 1, "tokens": 1, "supervised_tokens": 1}
+        ExpertCard(
+            base=BaseModel(str(tiny_base), model_fingerprint(str(tiny_base)), "LlamaForCausalLM"),
+            adapter={"rank": 4, "alpha": 8},
+            name=name,
+            skills=(name,),
+            training={"figures": {**figures, "first_loss": 1.0, "final_loss": 0.5}},
+            files={path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.suffix != ".md"},
+        ).write(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def suite(columns: Callable[..., list[dict[str, Any]]], write_jsonl: Callable[..., Path]) -> Path:
+    rows = columns(6, skills=("colour", "casing"))
+    for row in rows:
+        row |= {"answers": [row["output"]], "metric": "exact"}
+        if row["skill"] == "colour":
+            row["choices"] = ["green", "white", "black", "red"]
+    return write_jsonl("suite.jsonl", [*rows, {**rows[0], "id": "x", "metric": "exec"}])
+
+
+def test_a_profile_is_written_into_the_card(xpert: Run, expert: Callable[..., Path], suite: Path) -> None:
+    folder = expert("colour", 1)
+    weights = hash_file(folder / "adapter_model.safetensors")
+    result = xpert("profile", folder, "--suite", suite, "--skip-metric", "exec", "--max-tokens", 4, "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)["profile"]["skills"]
+    profile = ExpertCard.read(folder).profile
+    assert profile is not None
+    assert profile.suite == "suite"
+    assert set(profile.skills) == set(shown) == {"casing", "colour"}
+    assert profile.skills["colour"].expert_choice is not None
+    assert profile.skills["casing"].expert_choice is None
+    assert profile.skills["colour"].expert.n == 3
+    assert "colour" in (folder / "profile.html").read_text(encoding="utf-8")
+    assert "| colour | exact | 3 |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert hash_file(folder / "adapter_model.safetensors") == weights
+    published = xpert("registry", "publish", folder, "--name", "me/colour", "--quiet")
+    assert published.exit_code == 0, published.output
+
+
+def test_models_experts_and_mixtures_side_by_side(
+    xpert: Run, expert: Callable[..., Path], suite: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("colour", 1), ("casing", 2)):
+        published = xpert("registry", "publish", expert(name, seed), "--name", f"me/{name}", "--quiet")
+        assert published.exit_code == 0, published.output
+    mixture = tmp_path / "mixture.json"
+    mixed = xpert("mix", "--router", "oracle", "-o", mixture, "--quiet")
+    assert mixed.exit_code == 0, mixed.output
+    out = tmp_path / "scores.html"
+    result = xpert(
+        "eval", tiny_base, tmp_path / "colour", "me/casing", mixture, "--controls", "--suite", suite,
+        "--skip-metric", "exec", "--max-tokens", 4, "-o", out, "--quiet", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)["scores"]
+    assert {tiny_base.name, "colour", "me/casing", "mixture", "base", "random routing", "oracle routing"} <= set(scores)
+    assert scores["mixture"] == scores["oracle routing"], "this mixture's own router is the oracle"
+    assert scores[tiny_base.name] == scores["base"]
+    assert out.is_file()
+
+
+def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> None:
+    result = xpert("eval", tiny_base, "--suite", suite, "--skip-metric", "exec", "--max-tokens", 2, "--quiet")
+    assert result.exit_code == 0, result.output
+    head, line = result.stdout.splitlines()[:2]
+    assert head.split()[-1] == "Borda"
+    assert line.startswith(tiny_base.name)
+
+
+MISTAKES = [
+    (["profile", "nowhere", "--suite", "SUITE"], 2, "has no expert.json"),
+    (["profile", "EXPERT", "--suite", "SUITE"], 3, "needs a sandbox"),
+    (["profile", "EXPERT", "--suite", "missing.jsonl"], 2, "missing.jsonl"),
+    (["profile", "EXPERT", "--suite", "SUITE", "--skip-metric", "exec,exact"], 2, "every item is left out"),
+    (["profile", "EXPERT", "--suite", "SUITE", "--max-tokens", "0"], 2, "max-tokens"),
+    (["eval", "BASE", "--suite", "SUITE"], 3, "--skip-metric exec"),
+    (["eval", "nowhere", "--suite", "SUITE", "--skip-metric", "exec"], 2, "nowhere"),
+    (["eval", "--suite", "SUITE"], 2, "MIXTURE"),
+    (["eval", "BASE", "--suite", "SUITE", "--skip-metric", "exec", "-o", "SUITE"], 2, "exists already"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), MISTAKES)
+def test_mistakes(
+    xpert: Run,
+    expert: Callable[..., Path],
+    suite: Path,
+    tiny_base: Path,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    places = {"SUITE": str(suite), "EXPERT": str(expert("e", 1)), "BASE": str(tiny_base)}
+    result = xpert(*[places.get(word, word) for word in arguments], "--quiet")
+    assert result.exit_code == status, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_expert_of_another_base_is_refused(xpert: Run, expert: Callable[..., Path], suite: Path) -> None:
+    folder = expert("e", 1)
+    card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    card["base"]["fingerprint"] = "0" * 64
+    (folder / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
+    result = xpert("profile", folder, "--suite", suite, "--skip-metric", "exec", "--quiet")
+    assert result.exit_code == 2
+    assert "not the one the expert was trained on" in result.stderr
