@@ -31,16 +31,24 @@ def profile_expert(
     suite: str,
     suite_fingerprint: str,
     options: EvalOptions | None = None,
+    base: str | None = None,
     device: str = "auto",
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> tuple[SkillProfile, Evaluation]:
-    """Scores the expert in `folder` and its base, and writes both into its card, README and `profile.html`."""
+    """Scores the expert in `folder` and its base, and writes both into its card, README and `profile.html`.
+
+    `base` is where the base model lies, if not where the card says; its weights must be those of the card.
+    """
     options = options or EvalOptions()
     card = ExpertCard.read(folder)
     items = usable_items(items, options)
     with loaded_engine(
-        card.base.ref, fingerprint=card.base.fingerprint, device=device, max_batch=options.max_batch, progress=progress
+        base or card.base.ref,
+        fingerprint=card.base.fingerprint,
+        device=device,
+        max_batch=options.max_batch,
+        progress=progress,
     ) as (lm, engine):
         engine.add_expert(EXPERT, folder)
         subjects = [Subject.fixed(BASE, ()), Subject.fixed(EXPERT, ((EXPERT, 1.0),))]
