@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,29 @@ def test_every_folder_with_code_is_packaged() -> None:
             inner = path.parent.relative_to(ROOT / folder).parts
             name = ".".join((package, *inner))
             assert f'"{name}"' in text, f"{name} is missing from [tool.setuptools] packages"
+
+
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["serve"],
+        *project["optional-dependencies"]["st"],
+    ]
+    lines += (ROOT / "demo-packages.txt").read_text(encoding="utf-8").split()
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in lines}
+    distributions = packages_distributions()
+    missing = set()
+    for folder in PACKAGES:
+        for path in modules(folder):
+            for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+                top = name.split(".")[0]
+                if top == "xpert" or top in sys.stdlib_module_names:
+                    continue
+                names = {found.lower().replace("_", "-") for found in distributions.get(top, [top])}
+                if not names & declared:
+                    missing.add(f"{path.relative_to(ROOT)} imports {top}")
+    assert not missing
 
 
 def test_selectors_never_shadows_the_standard_library() -> None:
