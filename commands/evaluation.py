@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from xpert.commands.options import Session, common_options, config_options, take
+from xpert.errors import BadInput
 from xpert.experts.evaluate import EvalOptions, Evaluation
 
 __all__ = ["command", "score_table"]
@@ -49,6 +50,8 @@ def command(
     loaded = read_suite(suite, skip_metrics=settings.skip_metric)
     items = usable_items(loaded.items, settings)
     entrants = open_entrants(subjects, Registry(location) if location is not None else None, base=base)
+    if controls and not any(entrant.mixture and len(entrant.mixture.experts) > 1 for entrant in entrants):
+        raise BadInput("--controls stand beside mixtures of several experts, and there is none", hint="leave it out")
     found = run_entrants(
         entrants,
         items,
