@@ -22,7 +22,7 @@ from xpert.progress import Silent
 from xpert.protocols import EmbedderContext
 from xpert.records import Message, Row, Shots
 
-TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=30), min_size=1, max_size=30)
+TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=30)
 
 
 def pool_of(*prompts: str) -> Pool:

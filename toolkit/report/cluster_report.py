@@ -19,6 +19,7 @@ __all__ = ["write_cluster_report"]
 
 MAP_POINTS = 1500
 COLOURED = 12
+FIGURES = ("rows", "clusters", "biggest", "smallest", "mean_cosine_to_centroid")
 CLIP = 220
 
 
@@ -44,11 +45,7 @@ def write_cluster_report(
         "clusters.html.jinja",
         title=f"{len(lines):,} clusters",
         lead=f"{len(pool):,} rows, embedded by {features.options.embedder} ({features.options.embed_field})",
-        figures=[
-            (name.replace("_", " "), value)
-            for name, value in manifest["figures"].items()
-            if isinstance(value, int | float)
-        ],
+        figures=[(name.replace("_", " "), manifest["figures"][name]) for name in FIGURES],
         points=points,
         names=[", ".join(line["terms"][:3]) or f"cluster {line['cluster']}" for line in lines],
         coloured=COLOURED,
