@@ -44,7 +44,7 @@ check: .venv/xpert
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p xpert
-	$(BIN)/mypy tests examples benchmarks
+	$(BIN)/mypy tests benchmarks $(wildcard examples)
 
 format: .venv/xpert
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from xpert.commands.options import Session, common_options, config_options, take
+from xpert.errors import BadInput
 from xpert.experts.evaluate import EvalOptions, Evaluation
 
 __all__ = ["command", "score_table"]
@@ -18,6 +19,7 @@ __all__ = ["command", "score_table"]
 @click.option("--suite", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Test items.")
 @click.option("--controls", is_flag=True, help="Put base, experts, random and oracle routing beside each mixture.")
 @click.option("--registry", "location", metavar="R", help="Where registered names are looked up.")
+@click.option("--base", metavar="MODEL", help="Where the experts' base model lies, if not where they say.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML report.")
 @config_options(EvalOptions)
 @common_options
@@ -27,6 +29,7 @@ def command(
     suite: Path,
     controls: bool,
     location: str | None,
+    base: str | None,
     out: Path | None,
     **options: Any,
 ) -> None:
@@ -46,7 +49,9 @@ def command(
         check_output(out)
     loaded = read_suite(suite, skip_metrics=settings.skip_metric)
     items = usable_items(loaded.items, settings)
-    entrants = open_entrants(subjects, Registry(location) if location is not None else None)
+    entrants = open_entrants(subjects, Registry(location) if location is not None else None, base=base)
+    if controls and not any(entrant.mixture and len(entrant.mixture.experts) > 1 for entrant in entrants):
+        raise BadInput("--controls stand beside mixtures of several experts, and there is none", hint="leave it out")
     found = run_entrants(
         entrants,
         items,
@@ -58,14 +63,22 @@ def command(
     )
     if out is not None:
         write_score_report(out, found, title="Scores side by side", lead=f"on the suite {loaded.name}")
-    session.result({"suite": loaded.name, "items": len(items), "scores": found.to_dict()}, score_table(found))
+    session.result(
+        {"suite": loaded.name, "items": len(items), "scores": found.to_dict(), "borda": borda_points(found)},
+        score_table(found),
+    )
+
+
+def borda_points(found: Evaluation) -> dict[str, float]:
+    """Subject -> Borda points over the skills, most first."""
+    from xpert.registry.ranking import borda
+
+    return borda({skill: {n: found.interval(n, skill).score for n in found.results} for skill in found.skills})
 
 
 def score_table(found: Evaluation) -> str:
     """A line per subject: overall, each skill, Borda points. Scores in hundredths."""
-    from xpert.registry.ranking import borda
-
-    points = borda({skill: {n: found.interval(n, skill).score for n in found.results} for skill in found.skills})
+    points = borda_points(found)
     width = max(12, *(len(name) for name in found.results))
     columns = [(skill, max(7, len(skill))) for skill in found.skills]
     head = f"{'':<{width}}  {'all items':>18}  " + "  ".join(f"{s:>{w}}" for s, w in columns) + f"  {'Borda':>6}"

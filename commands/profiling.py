@@ -18,9 +18,10 @@ __all__ = ["command"]
 @click.command("profile")
 @click.argument("expert", type=click.Path(path_type=Path), metavar="EXPERT")
 @click.option("--suite", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Test items.")
+@click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the expert says.")
 @config_options(EvalOptions)
 @common_options
-def command(session: Session, expert: Path, suite: Path, **options: Any) -> None:
+def command(session: Session, expert: Path, suite: Path, base: str | None, **options: Any) -> None:
     """Score an expert and its base per skill, and write the profile into its card.
 
     Beside the scores of generated answers, items with choices are also scored by which choice is likeliest, since
@@ -38,6 +39,7 @@ def command(session: Session, expert: Path, suite: Path, **options: Any) -> None
         suite=items.name,
         suite_fingerprint=items.fingerprint,
         options=settings,
+        base=base,
         device=session.device,
         seed=session.seed,
         progress=session.progress,

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from xpert.errors import Unavailable, unknown
+from xpert.row_files import METRICS as METRIC_NAMES
 
 __all__ = ["METRICS", "check_metric", "normalise", "score"]
 
@@ -45,7 +46,7 @@ def check_metric(metric: str) -> None:
             hint="leave these items out with --skip-metric exec",
         )
     if metric not in METRICS:
-        raise unknown("metric", metric, [*METRICS, "exec"])
+        raise unknown("metric", metric, METRIC_NAMES)
 
 
 def _exact(prediction: str, answer: str) -> float:

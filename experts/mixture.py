@@ -38,6 +38,10 @@ BASE = "base"
 """The name under which the base model alone is asked for."""
 
 
+_Entry = tuple[str, str, str, float]
+"""(key, ref, fingerprint, weight) of one expert in a mixture file."""
+
+
 class ExpertStore(Protocol):
     """The part of `registry.store.Registry` that mixtures need."""
 
@@ -193,8 +197,9 @@ def load_mixture(ref: str | Path, registry: ExpertStore | None = None) -> Mixtur
     """A mixture file, a registered mixture or expert `owner/name[@version]`, or an expert folder.
 
     A single expert is a mixture of one behind router `fixed`. `registry` is where registered experts are looked up;
-    without one, the registry that the mixture file names, or the user's. Raises NotFound for what is not there,
-    BadInput for experts of different bases, Corrupt where an expert is not the one that was mixed.
+    without one, the registry that the mixture file names, or the user's where that is not on this machine: whichever
+    it is, every expert's weights must be those that were mixed. Raises NotFound for what is not there, BadInput for
+    experts of different bases, Corrupt where an expert is not the one that was mixed.
     """
     path = Path(ref)
     if path.is_dir() and (path / MIXTURE_FILE).is_file() and not (path / CARD_FILE).is_file():
@@ -244,7 +249,11 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     recorded = value.get("registry")
     store = registry
     if store is None and any(not _is_path(ref) for _, ref, _, _ in entries):
-        store = _registry(str(anchor / recorded) if recorded else None)
+        named = str(anchor / recorded) if recorded else None
+        here = named is not None and Path(named).is_dir()
+        store = _registry(named if here else None)
+        if named and not here:
+            _check_present(entries, store, named, where)
     experts = [_member(entry, anchor, store, where) for entry in entries]
     _check_one_base(experts, base)
     located = str(store.folder) if store else recorded
@@ -253,7 +262,22 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     )
 
 
-def _member(entry: tuple[str, str, str, float], anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
+def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str, where: str) -> None:
+    """For a mixture from elsewhere: says that its registry is not here, rather than that an expert is unknown."""
+    for _, ref, _, _ in entries:
+        if _is_path(ref):
+            continue
+        try:
+            store.resolve(ref)
+        except NotFound:
+            raise NotFound(
+                f"the mixture's registry {named} is not here, and {store.folder} has no {ref}",
+                where=where,
+                hint="give the registry that holds its experts with --registry",
+            ) from None
+
+
+def _member(entry: _Entry, anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
     key, ref, fingerprint, weight = entry
     if not 0 < weight < float("inf"):
         raise BadInput(f"expert {key!r} has the weight {weight}; it must be above 0", where=where)

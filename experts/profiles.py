@@ -14,12 +14,13 @@ from xpert.progress import SILENT, Progress
 from xpert.records import SuiteItem
 from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
 from xpert.report.page import write_page
-from xpert.storage import write_file
+from xpert.storage import hash_file, write_file
 
 __all__ = ["as_profile", "profile_expert", "write_profile", "write_score_report"]
 
 EXPERT = "expert"
 REPORT_FILE = "profile.html"
+MODEL_CARD = "README.md"
 SAMPLES = 24
 
 
@@ -30,25 +31,33 @@ def profile_expert(
     suite: str,
     suite_fingerprint: str,
     options: EvalOptions | None = None,
+    base: str | None = None,
     device: str = "auto",
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> tuple[SkillProfile, Evaluation]:
-    """Scores the expert in `folder` and its base, and writes both into its card, README and `profile.html`."""
+    """Scores the expert in `folder` and its base, and writes both into its card, README and `profile.html`.
+
+    `base` is where the base model lies, if not where the card says; its weights must be those of the card.
+    """
     options = options or EvalOptions()
     card = ExpertCard.read(folder)
     items = usable_items(items, options)
     with loaded_engine(
-        card.base.ref, fingerprint=card.base.fingerprint, device=device, max_batch=options.max_batch, progress=progress
+        base or card.base.ref,
+        fingerprint=card.base.fingerprint,
+        device=device,
+        max_batch=options.max_batch,
+        progress=progress,
     ) as (lm, engine):
         engine.add_expert(EXPERT, folder)
         subjects = [Subject.fixed(BASE, ()), Subject.fixed(EXPERT, ((EXPERT, 1.0),))]
         found = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
     profile = as_profile(found, EXPERT, BASE, suite=suite, suite_fingerprint=suite_fingerprint)
-    write_profile(folder, profile, on_hub=lm.on_hub)
     write_score_report(
         folder / REPORT_FILE, found, title=f"Skills of {card.name or folder.name}", lead=f"on the suite {suite}"
     )
+    write_profile(folder, profile, on_hub=lm.on_hub)
     return profile, found
 
 
@@ -71,10 +80,11 @@ def as_profile(found: Evaluation, expert: str, base: str, *, suite: str, suite_f
 
 
 def write_profile(folder: Path, profile: SkillProfile, *, on_hub: bool) -> None:
-    """Puts the profile into the card, and the model card that is made of it."""
+    """Puts the profile into the card, last, and into the model card that is made of it; the card's hashes follow."""
     card = dataclasses.replace(ExpertCard.read(folder), profile=profile)
-    card.write(folder)
-    write_file(folder / "README.md", model_card(card, on_hub=on_hub))
+    write_file(folder / MODEL_CARD, model_card(card, on_hub=on_hub))
+    drawn = {name: hash_file(folder / name) for name in (MODEL_CARD, REPORT_FILE) if (folder / name).is_file()}
+    dataclasses.replace(card, files={**card.files, **drawn}).write(folder)
 
 
 def write_score_report(path: Path, found: Evaluation, *, title: str, lead: str) -> None:

@@ -16,11 +16,12 @@ from xpert.experts.metrics import score
 from xpert.progress import SILENT, Progress
 from xpert.protocols import EngineRequest, Sampling, WeightedExperts
 from xpert.records import Row, Shots
+from xpert.registry.ranking import average_ranks
 
 if TYPE_CHECKING:
     from xpert.language_model import LanguageModel
 
-__all__ = ["Recruit", "average_ranks", "recruit", "score_shots"]
+__all__ = ["Recruit", "recruit", "score_shots"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,11 @@ def recruit(
             shown[key] = score_shots(lm, engine, ((key, 1.0),) if key else (), shots)
             task.advance(1, key or "base")
     base_accuracy, base_perplexity = shown.pop("")
-    ranks = average_ranks([-shown[key][0] for key in keys])
-    for index, rank in enumerate(average_ranks([shown[key][1] for key in keys])):
-        ranks[index] += rank
-    ordered = sorted(range(len(keys)), key=lambda i: (ranks[i], shown[keys[i]][1], keys[i]))
+    by_accuracy = average_ranks({key: shown[key][0] for key in keys})
+    by_perplexity = average_ranks({key: -shown[key][1] for key in keys})
+    ranks = {key: by_accuracy[key] + by_perplexity[key] for key in keys}
     found: list[Recruit] = []
-    for index in ordered:
-        key = keys[index]
+    for key in sorted(keys, key=lambda key: (ranks[key], shown[key][1], key)):
         accuracy, perplexity = shown[key]
         better = [
             text
@@ -94,7 +93,7 @@ def recruit(
             chosen, reason = False, f"{max_experts} experts rank before it ({', '.join(better)})"
         else:
             chosen, reason = True, f"rank {taken + 1}: {', '.join(better)}"
-        found.append(Recruit(key, accuracy, perplexity, ranks[index], chosen, reason))
+        found.append(Recruit(key, accuracy, perplexity, ranks[key], chosen, reason))
     if not any(one.chosen for one in found):
         raise BadInput(
             "no expert is better than the base model on these shots",
@@ -129,18 +128,3 @@ def _score(row: Row, output: str) -> float:
     answers = [str(answer) for answer in given] if isinstance(given, list) and given else [row.response]
     metric = row.columns.get("metric")
     return score(metric if isinstance(metric, str) else "exact", output, answers)
-
-
-def average_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1, lowest first; equal values share the mean of their ranks."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for index in order[start:end]:
-            ranks[index] = (start + 1 + end) / 2
-        start = end
-    return ranks

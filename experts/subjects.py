@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
-from xpert.experts.mixture import BASE, ExpertStore, Mixture, load_mixture
+from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.serving import ENGINE
 from xpert.progress import SILENT, Progress
@@ -42,14 +42,20 @@ class Entrant:
     mixture: Mixture | None = None
 
 
-def open_entrants(refs: Sequence[str], registry: ExpertStore | None = None) -> list[Entrant]:
+def open_entrants(
+    refs: Sequence[str], registry: ExpertStore | None = None, *, base: str | None = None
+) -> list[Entrant]:
     """Mixture files, expert folders, registered names, model folders, hub names and `.gguf` files, in order.
 
-    A name OWNER/NAME is looked up in the registry first, and is a hub model where the registry has none such.
+    A name OWNER/NAME is looked up in the registry first, and is a hub model where the registry has none such. `base`
+    is where the base model of experts and mixtures lies, if not where they say.
     """
     entrants: list[Entrant] = []
     for ref in dict.fromkeys(refs):
         found = _entrant(ref, registry)
+        if base is not None and found.mixture is not None:
+            moved = replace(found.mixture, base=replace(found.mixture.base, ref=base))
+            found = Entrant(found.name, base, moved)
         names = [entrant.name for entrant in entrants]
         entrants.append(Entrant(ref, found.base, found.mixture) if found.name in names else found)
     return entrants
@@ -105,8 +111,9 @@ def run_entrants(
     """Scores all entrants on the items; those of one base share its engine and their answers.
 
     `controls` puts the base, every expert, random routing (three seeds, averaged) and oracle routing beside each
-    mixture of several experts.
+    mixture of several experts; a name that means something else already gets `of MIXTURE` added.
     """
+    named = {entrant.name: (entrant.base, _sole(entrant)) for entrant in entrants}
     results: dict[str, Sequence[ItemResult]] = {}
     generated = 0
     for base in dict.fromkeys(entrant.base for entrant in entrants):
@@ -128,8 +135,8 @@ def run_entrants(
                     routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
                 )
                 if controls and len(entrant.mixture.experts) > 1:
-                    found, groups = control_subjects(entrant.mixture, keys, seed=seed)
-                    subjects += [s for s in found if s.name not in {other.name for other in subjects}]
+                    found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
+                    subjects += found
                     averaged |= groups
             scored = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
             generated += scored.generated
@@ -138,6 +145,39 @@ def run_entrants(
                 parts[name] = average([parts.pop(member) for member in members])
             results |= parts
     return Evaluation(items, results, seed=seed, generated=generated)
+
+
+_Named = dict[str, tuple[str, WeightedExperts | None]]
+"""subject -> its base, and the experts that answer all its items (None: a router decides)."""
+
+
+def _sole(entrant: Entrant) -> WeightedExperts | None:
+    if entrant.mixture is None:
+        return ()
+    experts = entrant.mixture.experts
+    return ((_engine_key(experts[0]), 1.0),) if len(experts) == 1 and entrant.mixture.router == "fixed" else None
+
+
+def _controls(
+    entrant: Entrant, mixture: Mixture, keys: Mapping[str, str], named: _Named, *, seed: int
+) -> tuple[list[Subject], dict[str, list[str]]]:
+    """The controls of one mixture, less those that are scored already; adds what is new to `named`."""
+    found, groups = control_subjects(mixture, keys, seed=seed)
+    sole: dict[str, WeightedExperts] = {BASE: (), **{key: ((keys[key], 1.0),) for key in mixture.keys}}
+    subjects, renamed = [], {}
+    for subject in found:
+        same = (entrant.base, sole.get(subject.name))
+        if subject.name in sole and named.get(subject.name) == same:
+            continue
+        name = f"{subject.name} of {entrant.name}" if subject.name in named else subject.name
+        named[name], renamed[subject.name] = same, name
+        subjects.append(Subject(name, subject.assign))
+    averaged = {}
+    for name, members in groups.items():
+        shown = f"{name} of {entrant.name}" if name in named else name
+        named[shown] = (entrant.base, None)
+        averaged[shown] = [renamed[member] for member in members]
+    return subjects, averaged
 
 
 def score_subjects(
@@ -201,9 +241,13 @@ def _add_experts(engine: Any, mixture: Mixture) -> dict[str, str]:
     """Adds a mixture's experts under keys that no other mixture's can bear; mixture key -> engine key."""
     keys = {}
     for expert in mixture.experts:
-        keys[expert.key] = f"{expert.key}@{expert.fingerprint[:12]}"
+        keys[expert.key] = _engine_key(expert)
         engine.add_expert(keys[expert.key], expert.folder)
     return keys
+
+
+def _engine_key(expert: MixtureExpert) -> str:
+    return f"{expert.key}@{expert.fingerprint[:12]}"
 
 
 def routed_subject(name: str, router: MixtureRouter, keys: Mapping[str, str]) -> Subject:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from xpert.budgeting import BudgetMeter
 from xpert.config import Config, option
+from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import nearest_shots, needs_shots
@@ -41,6 +42,12 @@ class FacilityOptions(Config):
     )
     neighbours: int = option(128, "mode sparse: neighbours of each row in the graph", minimum=1)
     eta: float = option(1.0, "mode shots: weight of each row's own likeness to a shot", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, default, mode in (("neighbours", 128, "sparse"), ("eta", 1.0, "shots")):
+            if getattr(self, name) != default and self.mode != mode:
+                raise BadInput(f"{name} has no part in mode {self.mode}", hint=f"leave it out, or take mode={mode}")
 
 
 class Facility:

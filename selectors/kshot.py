@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from xpert.budgeting import BudgetMeter
 from xpert.config import Config, option
+from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import describe_shot, needs_shots, similarities
@@ -47,6 +48,11 @@ class KShotOptions(Config):
         "since a repeat of the task is worth more than a row far from it",
         minimum=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.refill and self.reach != 1.5:
+            raise BadInput("reach has no part without refill", hint="leave it out, or take refill=true")
 
 
 class KShot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,6 @@ def expert(tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path) -
     """An expert folder on the tiny base, as training leaves it."""
 
     def make(name: str, seed: int) -> Path:
-        import shutil
-
         from xpert.model_files import model_fingerprint
 
         folder = tmp_path / name
@@ -96,6 +95,28 @@ def test_models_experts_and_mixtures_side_by_side(
     assert out.is_file()
 
 
+def test_two_mixtures_keep_their_controls_apart(
+    xpert: Run, expert: Callable[..., Path], suite: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("colour", "casing", "city"), 1):
+        expert(name, seed)
+    for name, members in (("m1", ("colour", "casing")), ("m2", ("colour", "city"))):
+        paths = ",".join(str(tmp_path / member) for member in members)
+        mixed = xpert("mix", "--experts", paths, "--router", "oracle", "-o", tmp_path / f"{name}.json", "--quiet")
+        assert mixed.exit_code == 0, mixed.output
+    # The base has moved: --base says where to.
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_base, moved)
+    result = xpert(
+        "eval", tmp_path / "m1.json", tmp_path / "m2.json", "--controls", "--base", moved, "--suite", suite,
+        "--skip-metric", "exec", "--max-tokens", 2, "--limit", 1, "--quiet", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    own = {"random routing", "random routing of m2", "oracle routing", "oracle routing of m2"}
+    assert set(found["scores"]) == set(found["borda"]) == {"m1", "m2", "base", "colour", "casing", "city"} | own
+
+
 def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> None:
     result = xpert("eval", tiny_base, "--suite", suite, "--skip-metric", "exec", "--max-tokens", 2, "--quiet")
     assert result.exit_code == 0, result.output
@@ -113,6 +134,7 @@ MISTAKES = [
     (["eval", "BASE", "--suite", "SUITE"], 3, "--skip-metric exec"),
     (["eval", "nowhere", "--suite", "SUITE", "--skip-metric", "exec"], 2, "nowhere"),
     (["eval", "--suite", "SUITE"], 2, "MIXTURE"),
+    (["eval", "BASE", "--suite", "SUITE", "--skip-metric", "exec", "--controls"], 2, "mixtures of several experts"),
     (["eval", "BASE", "--suite", "SUITE", "--skip-metric", "exec", "-o", "SUITE"], 2, "exists already"),
 ]
 

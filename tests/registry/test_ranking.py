@@ -51,6 +51,15 @@ def test_borda_ties_share_their_points_and_gaps_do_not_punish() -> None:
     assert borda({"t": {"a": 1.0}}) == {"a": 0.0}
 
 
+@given(st.lists(st.integers(0, 5)))
+def test_average_ranks_equal_counting_who_is_above(values: list[int]) -> None:
+    task = {f"s{index}": float(value) for index, value in enumerate(values)}
+    plain = {
+        s: sum(o > v for o in task.values()) + (1 + sum(o == v for o in task.values())) / 2 for s, v in task.items()
+    }
+    assert average_ranks(task) == plain
+
+
 @given(partial)
 def test_kemeny_equals_trying_every_order(scores: dict[str, dict[str, float]]) -> None:
     systems = sorted({system for task in scores.values() for system in task})

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+
+from xpert.commands.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -102,6 +108,29 @@ def test_every_folder_with_code_is_packaged() -> None:
             assert f'"{name}"' in text, f"{name} is missing from [tool.setuptools] packages"
 
 
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["serve"],
+        *project["optional-dependencies"]["st"],
+    ]
+    lines += (ROOT / "demo-packages.txt").read_text(encoding="utf-8").split()
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in lines}
+    distributions = packages_distributions()
+    missing = set()
+    for folder in PACKAGES:
+        for path in modules(folder):
+            for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+                top = name.split(".")[0]
+                if top == "xpert" or top in sys.stdlib_module_names:
+                    continue
+                names = {found.lower().replace("_", "-") for found in distributions.get(top, [top])}
+                if not names & declared:
+                    missing.add(f"{path.relative_to(ROOT)} imports {top}")
+    assert not missing
+
+
 def test_selectors_never_shadows_the_standard_library() -> None:
     assert not (ROOT / "selectors" / "__init__.py").exists()
     code = "import asyncio, subprocess, selectors; selectors.DefaultSelector"
@@ -126,3 +155,8 @@ def test_help_imports_no_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "Commands:" in done.stdout
     assert set(done.stderr.split()) == {"xpert.commands", "xpert.commands.main", "xpert.errors"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_is_there(name: str, xpert: Callable[..., Result]) -> None:
+    assert xpert(name, "--help").exit_code == 0

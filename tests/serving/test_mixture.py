@@ -59,6 +59,25 @@ def test_registered_experts_and_mixtures(make_expert: Callable[..., Path], tmp_p
         load_mixture("me/casign", registry)
 
 
+def test_a_mixture_pulled_elsewhere_finds_its_experts(
+    make_expert: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Registry(tmp_path / "there")
+    there.publish(make_expert("casing", seed=1), "me/casing")
+    path = tmp_path / "m.json"
+    mixture = assemble([open_expert("me/casing", there)], router="fixed", registry=str(there.folder))
+    write_mixture(path, mixture)
+    there.publish(path, "me/one")
+    pulled = there.pull("me/one", tmp_path / "moved" / "one")
+    here = tmp_path / "here"
+    there.folder.rename(here)
+    with pytest.raises(NotFound, match=r"registry .*there is not here, and .* has no me/casing@1. .*--registry"):
+        load_mixture(pulled)
+    assert load_mixture(pulled, Registry(here)).keys == ("me/casing",)
+    monkeypatch.setenv("XPERT_REGISTRY", str(here))
+    assert load_mixture(pulled).keys == ("me/casing",)
+
+
 def test_changed_weights_are_noticed(mixture_file: Callable[..., Path]) -> None:
     path = mixture_file()
     folder = load_mixture(path).experts[0].folder

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xpert.errors import BadInput
 from xpert.experts import recruit as recruiting
-from xpert.experts.recruit import average_ranks, recruit, score_shots
+from xpert.experts.recruit import recruit, score_shots
 from xpert.records import Message, Row, Shots
-
-
-def plain_ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < v for other in values) + (1 + sum(other == v for other in values)) / 2 for v in values]
-
-
-@given(st.lists(st.integers(0, 5)))
-def test_ties_share_their_mean_rank(values: list[int]) -> None:
-    assert average_ranks(values) == plain_ranks(values)
-    assert sum(average_ranks(values)) == len(values) * (len(values) + 1) / 2
-
 
 SHOTS = Shots(tuple(Row(f"s{i}", (Message("user", f"question {i}"),), f"answer {i}") for i in range(3)))
 

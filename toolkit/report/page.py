@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,15 @@ Series = tuple[str, str, Sequence[float], Sequence[float]]
 
 WIDTH, HEIGHT = 520, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+# Control characters but for tab and line ends, and halves of surrogate pairs.
+_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def write_page(path: Path, template: str, **context: Any) -> None:
-    """Renders a template of this folder into one file; every value is escaped unless it is one of our own charts."""
+    """Renders a template of this folder into one file; every value is escaped unless it is one of our own charts.
+
+    Characters that no HTML page may hold (a model's answer can have any) are shown as the replacement character.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -32,7 +38,7 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = figure
-    write_file(path, environment.get_template(template).render(**context))
+    write_file(path, _UNSHOWABLE.sub("\ufffd", environment.get_template(template).render(**context)))
 
 
 def figure(value: Any) -> str:
