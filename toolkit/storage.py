@@ -76,9 +76,11 @@ def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def check_output(target: Path, *, replace: bool = False) -> None:
     """Refuses an output path that is taken; call it before the work, not after."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() and not replace:
+    with disk_errors(target):
+        if target.is_dir() and not any(target.iterdir()):
+            return
+        taken = target.exists()
+    if taken and not replace:
         raise BadInput("the output exists already", where=str(target), hint="choose another -o, or remove it")
 
 
@@ -92,7 +94,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise Unavailable("the disk is full", where=str(target), hint="free some space and run it again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BadInput("may not be written", where=str(target), hint="choose another -o") from None
-        if error.errno == errno.ENOTDIR:
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):  # EEXIST: a folder was to be made where a file is
             raise BadInput("a part of the path is a file", where=str(target), hint="choose another -o") from None
         raise
 
