@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -78,15 +78,30 @@ class LazyGroup(click.Group):
             except (KeyboardInterrupt, click.Abort):
                 _fail(STOPPED, 130)
             except BrokenPipeError:
-                # The reader of our stdout has gone (`xpert ... | head`): not an error, and nothing more can be written.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _abandon_stdout()  # its reader has gone (`xpert ... | head`), which is no error
                 sys.exit(0)
-            except Exception:
+            except Exception as error:
                 # C extensions turn a Ctrl-C during their import into an ImportError of their own, and so on.
                 if interrupts.seen:
                     _fail(STOPPED, 130)
+                if _full_disk(error):
+                    _abandon_stdout()
+                    where = getattr(error, "filename", None) or "the output"
+                    _fail(f"{where}: the disk is full. Free some space and run it again", 3)
                 raise
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _abandon_stdout() -> None:
+    """What stdout still holds can go nowhere; without this the interpreter tries once more at its end."""
+    with suppress(ValueError, OSError):  # a stdout without a file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _full_disk(error: Exception) -> bool:
+    from xpert.storage import disk_is_full
+
+    return disk_is_full(error)
 
 
 @dataclass

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from xpert.errors import STOPPED
-
 __all__ = ["main"]
 
 
@@ -16,6 +14,8 @@ def main() -> None:
 
         cli()
     except KeyboardInterrupt:  # before `cli` could take it, or once more while it was answering the first
+        from xpert.errors import STOPPED
+
         print(f"xpert: {STOPPED}", file=sys.stderr)
         sys.exit(130)
 
