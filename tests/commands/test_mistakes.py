@@ -162,10 +162,11 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error(xpert: Run, monkey
 def test_ctrl_c_at_any_moment(after: float, places: dict[str, Path]) -> None:
     """Status 130 and one line, or the pool is there and whole; never a draft, never a traceback."""
     out = places["d"] / "sel"
+    # The entry's own imports and all later ones; before them Python itself answers.
+    start = "from xpert.__main__ import main; print('up', flush=True); main()"
+    words = ["select", str(places["pool"]), "--shots", str(places["shots"]), "--budget", "5", "-o", str(out)]
     process = subprocess.Popen(
-        # The entry's own imports and all later ones; before them Python itself answers.
-        [sys.executable, "-c", "import sys; from xpert.__main__ import main; print('up', flush=True); main()"]
-        + ["select", str(places["pool"]), "--shots", str(places["shots"]), "--budget", "5", "-o", str(out)],
+        [sys.executable, "-c", start, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -183,3 +184,12 @@ def test_ctrl_c_at_any_moment(after: float, places: dict[str, Path]) -> None:
         assert process.returncode in (0, -signal.SIGINT), said
         assert (out / "manifest.json").is_file()
     assert not list(places["d"].glob(".*"))
+
+
+def test_a_report_of_an_answer_with_a_nul_is_still_text(tmp_path: Path) -> None:
+    """The registry takes text files alone; a poor expert's answers must not keep it from being published."""
+    from xpert.report.page import write_page
+
+    write_page(tmp_path / "page.html", "shell.html.jinja", title="a\0b", lead="")
+    page = (tmp_path / "page.html").read_text()
+    assert "a\ufffdb" in page and "\0" not in page

@@ -32,7 +32,8 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = figure
-    write_file(path, environment.get_template(template).render(**context))
+    page = environment.get_template(template).render(**context)
+    write_file(path, page.replace("\0", "\ufffd"))  # HTML has no NUL, and a model may answer one
 
 
 def figure(value: Any) -> str:
