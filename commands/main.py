@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 import xpert
-from xpert.errors import XpertError, nearest
+from xpert.errors import STOPPED, XpertError, nearest
 
 __all__ = ["cli"]
 
@@ -55,23 +60,73 @@ class LazyGroup(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
-        try:
-            status = super().main(args, *rest, **options)
-        except click.exceptions.Exit as finished:
-            sys.exit(finished.exit_code)
-        except click.UsageError as error:
-            _fail(_usage_line(error), 2)
-        except click.ClickException as error:
-            _fail(error.format_message(), 2)
-        except XpertError as error:
-            _fail(str(error), error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            _fail("stopped; what is finished is kept, and the same command goes on from there", 130)
-        except BrokenPipeError:
-            # The reader of our stdout has gone (`xpert ... | head`): not an error, and nothing more can be written.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        with _interrupts() as interrupts:
+            try:
+                status = super().main(args, *rest, **options)
+                sys.stdout.flush()  # here a reader that has gone is understood; at the interpreter's end it is not
+            except click.exceptions.Exit as finished:
+                sys.exit(finished.exit_code)
+            except click.exceptions.NoArgsIsHelpError as asked:
+                click.echo(asked.format_message())
+                _fail("no command is given: name one of those above", 2)
+            except click.UsageError as error:
+                _fail(_usage_line(error), 2)
+            except click.ClickException as error:
+                _fail(error.format_message(), 2)
+            except XpertError as error:
+                _fail(STOPPED, 130) if interrupts.seen else _fail(str(error), error.exit_code)
+            except (KeyboardInterrupt, click.Abort):
+                _fail(STOPPED, 130)
+            except BrokenPipeError:
+                _abandon_stdout()  # its reader has gone (`xpert ... | head`), which is no error
+                sys.exit(0)
+            except Exception as error:
+                # C extensions turn a Ctrl-C during their import into an ImportError of their own, and so on.
+                if interrupts.seen:
+                    _fail(STOPPED, 130)
+                if _full_disk(error):
+                    _abandon_stdout()
+                    where = getattr(error, "filename", None) or "the output"
+                    _fail(f"{where}: the disk is full. Free some space and run it again", 3)
+                raise
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _abandon_stdout() -> None:
+    """What stdout still holds can go nowhere; without this the interpreter tries once more at its end."""
+    with suppress(ValueError, OSError):  # a stdout without a file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _full_disk(error: Exception) -> bool:
+    from xpert.storage import disk_is_full
+
+    return disk_is_full(error)
+
+
+@dataclass
+class _Interrupts:
+    seen: bool = False
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Notes that Ctrl-C was pressed, whatever library code makes of the KeyboardInterrupt."""
+    found = _Interrupts()
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+        yield found  # a handler of the caller's stays
+        return
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        found.seen = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _usage_line(error: click.UsageError) -> str:

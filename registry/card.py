@@ -109,8 +109,12 @@ class ExpertCard:
     def read(cls, folder: Path) -> ExpertCard:
         """The card of an expert folder."""
         path = folder / CARD_FILE
+        if not folder.exists():
+            raise NotFound("no such expert folder", where=str(folder), hint="check the path")
         if not path.is_file():
-            raise NotFound(f"not an expert folder: it has no {CARD_FILE}", where=str(folder))
+            raise NotFound(
+                f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
+            )
         return cls.from_dict(read_json(path), where=str(path))
 
 

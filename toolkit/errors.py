@@ -17,7 +17,9 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-__all__ = ["BadInput", "Corrupt", "NotFound", "Unavailable", "XpertError", "nearest", "unknown"]
+__all__ = ["STOPPED", "BadInput", "Corrupt", "NotFound", "Unavailable", "XpertError", "nearest", "unknown"]
+
+STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 
 
 class XpertError(Exception):

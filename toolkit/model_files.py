@@ -100,7 +100,11 @@ def _model_folder(ref: str, folder: Path) -> ModelFiles:
             where=ref,
             hint="save the model again with save_pretrained, which writes model.safetensors",
         )
-    raise BadInput("the model folder has no weights: model.safetensors is missing", where=ref)
+    raise BadInput(
+        "the model folder has no weights: model.safetensors is missing",
+        where=ref,
+        hint="download all of the model, or save it with save_pretrained",
+    )
 
 
 def _shards(ref: str, folder: Path) -> tuple[Path, ...]:

@@ -88,6 +88,8 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Raises BadInput unless `text` is a positive number with an optional unit of % k m tok ktok mtok."""
         match = _BUDGET.fullmatch(text.strip())
+        if match is None and text.strip().startswith("-"):
+            raise BadInput(f"budget {text!r} is negative", hint="write a positive budget")
         if match is None:
             raise BadInput(
                 f"budget {text!r} is not understood", hint="write rows (1000), a share (5%) or tokens (200ktok)"

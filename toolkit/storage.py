@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
+from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 
 __all__ = [
     "MANIFEST",
@@ -24,6 +24,7 @@ __all__ = [
     "check_output",
     "data_folder",
     "disk_errors",
+    "disk_is_full",
     "draft_folder",
     "hash_file",
     "hash_json",
@@ -38,6 +39,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _DRAFT_MARK = ".draft-"
+# safetensors and pyarrow; SQLite; torch.save, which finds its file shorter than what it wrote
+_FULL_DISK_WORDS = ("No space left on device", "database or disk is full", "PytorchStreamWriter", "unexpected pos ")
 
 
 def cache_folder() -> Path:
@@ -76,9 +79,11 @@ def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def check_output(target: Path, *, replace: bool = False) -> None:
     """Refuses an output path that is taken; call it before the work, not after."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() and not replace:
+    with disk_errors(target):
+        if target.is_dir() and not any(target.iterdir()):
+            return
+        taken = target.exists()
+    if taken and not replace:
         raise BadInput("the output exists already", where=str(target), hint="choose another -o, or remove it")
 
 
@@ -87,14 +92,30 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turns a full disk or a forbidden folder into an error the user can act on."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("the disk is full", where=str(target), hint="free some space and run it again") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise BadInput("may not be written", where=str(target), hint="choose another -o") from None
-        if error.errno == errno.ENOTDIR:
-            raise BadInput("a part of the path is a file", where=str(target), hint="choose another -o") from None
+    except XpertError:
         raise
+    except Exception as error:
+        where, code = str(_final(target)), getattr(error, "errno", None)
+        if disk_is_full(error):
+            raise Unavailable("the disk is full", where=where, hint="free some space and run it again") from None
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BadInput("may not be written", where=where, hint="choose another -o") from None
+        if code in (errno.ENOTDIR, errno.EEXIST):  # EEXIST: a folder was to be made where a file is
+            raise BadInput("a part of the path is a file", where=where, hint="choose another -o") from None
+        raise
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error is a full disk's: by its number, or by the words of writers that have errors of their own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in _FULL_DISK_WORDS)
+
+
+def _final(path: Path) -> Path:
+    """The path that the user will see: without the names of drafts."""
+    names = (part[1:].split(_DRAFT_MARK)[0] if _DRAFT_MARK in part else part for part in path.parts)
+    return Path(*names)
 
 
 def write_file(target: Path, content: str | bytes) -> None:
