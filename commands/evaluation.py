@@ -39,7 +39,7 @@ def command(
     """
     from xpert.data import read_suite
     from xpert.experts.evaluate import usable_items
-    from xpert.experts.profiles import write_score_report
+    from xpert.experts.score_report import write_score_report
     from xpert.experts.subjects import open_entrants, run_entrants
     from xpert.registry.store import Registry
     from xpert.storage import check_output

@@ -28,7 +28,8 @@ def command(session: Session, expert: Path, suite: Path, base: str | None, **opt
     learning the answer's format is not a skill.
     """
     from xpert.data import read_suite
-    from xpert.experts.profiles import REPORT_FILE, profile_expert
+    from xpert.experts.expert_report import REPORT_FILE
+    from xpert.experts.profiles import profile_expert
 
     settings = take(EvalOptions, options)
     ExpertCard.read(expert)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.config import Config, option
-from xpert.experts.metrics import check_metric, normalise, score
+from xpert.experts.metrics import check_metric, choice_index, score
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
 from xpert.records import SuiteItem
@@ -162,7 +162,7 @@ def evaluate(
             id=items[index].row.id,
             skill=items[index].skill,
             output=outputs[index, experts],
-            score=score(items[index].metric, outputs[index, experts], items[index].answers),
+            score=score(items[index].metric, outputs[index, experts], items[index].answers, items[index].choices),
             choice=_is_right(items[index], choices.get((index, experts))),
             experts=experts,
         )
@@ -229,7 +229,7 @@ def _likeliest(
 def _is_right(item: SuiteItem, choice: int | None) -> bool | None:
     if choice is None or item.choices is None:
         return None
-    return normalise(item.choices[choice]) in {normalise(answer) for answer in item.answers}
+    return choice in {choice_index(answer, item.choices) for answer in item.answers}
 
 
 def bootstrap(scores: Sequence[float], seed: int = 0) -> Interval:

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xpert.experts.expert_report import LOG_FILE, write_expert_report
 from xpert.experts.train_options import TrainOptions
 from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
 from xpert.language_model import LanguageModel
 from xpert.records import Row
 from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard, Interval
-from xpert.report.page import line_chart, write_page
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
 __all__ = ["EXEMPLARS", "Trained", "write_expert"]
 
 EXEMPLARS = 64
-LOG_FILE = "training.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def write_expert(out: Path, trained: Trained) -> None:
         write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
         card = _card(out.name, trained, adapter)
         write_file(draft / "README.md", model_card(card, on_hub=trained.lm.on_hub))
-        _report(draft / "report.html", card, trained)
+        write_expert_report(draft, card)
         files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
         ExpertCard(**{**vars(card), "files": files}).write(draft)
 
@@ -194,24 +193,3 @@ def _skill_table(card: ExpertCard) -> str:
 
 def _shown(interval: Interval) -> str:
     return f"{100 * interval.score:.1f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-
-
-def _report(path: Path, card: ExpertCard, trained: Trained) -> None:
-    steps = [record for record in trained.log if "loss" in record]
-    checks = [record for record in trained.log if "validation_loss" in record]
-    losses = [("training", "var(--chosen)", [r["step"] for r in steps], [r["loss"] for r in steps])]
-    losses.append(
-        ("held-out shots", "var(--shot)", [r["step"] for r in checks], [r["validation_loss"] for r in checks])
-    )
-    rates = [("learning rate", "var(--chosen)", [r["step"] for r in steps], [r["learning_rate"] for r in steps])]
-    write_page(
-        path,
-        "training.html.jinja",
-        title=card.name,
-        lead=f"{card.description} Base: {Path(card.base.ref).name}.",
-        figures=card.training["figures"],
-        loss_chart=line_chart(losses, unit="loss per answer token, by step"),
-        rate_chart=line_chart(rates, unit="learning rate, by step"),
-        options=card.training["options"],
-        card=card,
-    )

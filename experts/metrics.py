@@ -16,14 +16,15 @@ from typing import Any
 from xpert.errors import Unavailable, unknown
 from xpert.row_files import METRICS as METRIC_NAMES
 
-__all__ = ["METRICS", "check_metric", "normalise", "score"]
+__all__ = ["METRICS", "check_metric", "choice_index", "normalise", "score"]
 
 _EDGES = string.punctuation + "“”‘’«»…–—·" + string.whitespace
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _SEPARATOR = re.compile(r"[,;\n]|\band\b", re.IGNORECASE)
-# "B", "(B)", "B.", "B) text", "Answer: B", "the answer is B", "option B"
-_LETTER_FIRST = re.compile(r"^\W*([A-Za-z])(?:\W|$)")
-_LETTER_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\W*([A-Z])\b", re.IGNORECASE)
+# A letter alone, in brackets, or before a mark that ends it; a capital before a space, unless it is a word of English.
+_LETTER_FIRST = re.compile(r"^\s*(?:([A-Za-z])\s*$|\W*([A-Za-z])[).:,\]]|([B-HJ-Z])\s)")
+# "Answer: B", "the answer is B", "option (b)"
+_LETTER_NAMED = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\b(?:\s+is)?:?\s*(?:\(([A-Za-z])\)|([A-Z])\b(?!\s+\w))")
 
 
 def normalise(text: str) -> str:
@@ -32,9 +33,15 @@ def normalise(text: str) -> str:
     return folded.strip(_EDGES)
 
 
-def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
-    """The prediction's score against the best of `answers`. Raises NotFound for an unknown metric."""
+def score(metric: str, prediction: str, answers: Sequence[str], choices: Sequence[str] | None = None) -> float:
+    """The prediction's score against the best of `answers`. Raises NotFound for an unknown metric.
+
+    Where metric `choice` is given the item's choices, prediction and answers may name one by its text or its letter.
+    """
     check_metric(metric)
+    if metric == "choice" and choices:
+        right = {choice_index(answer, choices) for answer in answers} - {None}
+        return float(choice_index(prediction, choices) in right)
     return max(METRICS[metric](prediction, answer) for answer in answers)
 
 
@@ -58,8 +65,27 @@ def _choice(prediction: str, answer: str) -> float:
     """1 where the option named first is the answer. The answer is an option's letter, or its text."""
     if len(answer.strip()) != 1 or not answer.strip().isalpha():
         return _exact(prediction, answer)
-    named = _LETTER_NAMED.search(prediction) or _LETTER_FIRST.match(prediction.strip())
-    return float(named is not None and named[1].upper() == answer.strip().upper())
+    return float(_letter(prediction) == answer.strip().upper())
+
+
+def _letter(prediction: str) -> str | None:
+    """The option's letter a prediction names: `B`, `(b)`, `B. They eat`, `The answer is C`; not the word `A` or `I`."""
+    named = _LETTER_NAMED.search(prediction) or _LETTER_FIRST.match(prediction)
+    return next(letter for letter in named.groups() if letter).upper() if named else None
+
+
+def choice_index(text: str, choices: Sequence[str]) -> int | None:
+    """Which of `choices` a text names: by its own words, or by the letter of its place (A is the first)."""
+    folded = [normalise(choice) for choice in choices]
+    if normalise(text) in folded:
+        return folded.index(normalise(text))
+    letter = _letter(text)
+    if letter is None:
+        return None
+    if letter.casefold() in folded:
+        return folded.index(letter.casefold())
+    index = ord(letter) - ord("A")
+    return index if index < len(choices) else None
 
 
 def _number(prediction: str, answer: str) -> float:

@@ -123,15 +123,21 @@ def _suite_item(row: Row, number: int, where: str) -> SuiteItem:
     if not answers:
         raise BadInput(f"row {number} has no answers", where=where, hint='add "answers": ["..."]')
     choices = _texts(columns.get("choices"), "choices", where, number) or None
-    if metric == "choice" and choices and not set(answers) & set(choices):
+    if choices and not any(_among(answer, choices) for answer in answers):
         raise BadInput(
             f"row {number} has no answer among its choices",
             where=where,
-            hint="write the right choice as it stands there",
+            hint="write the right choice as it stands there, or its letter",
         )
     if not row.response:
         row = Row(row.id, row.messages, answers[0], row.skill, columns)
     return SuiteItem(row, answers, metric, row.skill or "all", choices)
+
+
+def _among(answer: str, choices: tuple[str, ...]) -> bool:
+    """Is the answer one of the choices, or the letter of one's place?"""
+    letter = ord(answer.strip().upper()) - ord("A") if len(answer.strip()) == 1 else -1
+    return answer in choices or 0 <= letter < len(choices)
 
 
 def _texts(value: Any, column: str, where: str, number: int) -> tuple[str, ...]:

@@ -104,8 +104,8 @@ def run_demo(
         items = usable_items(suite.items, EvalOptions(limit=limit))
     with clock.step("pool", "Building the pool: duplicates out, and whatever overlaps a held-out item"):
         pool_folder = out / "pool"
-        if not pool_folder.exists():
-            build_pool([str(data.pool)], pool_folder, avoid=[data.suite], progress=progress)
+        # Made anew every time: it takes a second, and the steps that follow know by its content what they have done.
+        build_pool([str(data.pool)], pool_folder, avoid=[data.suite], replace=True, progress=progress)
 
     experts: dict[str, Path] = {}
     selected: dict[str, Mapping[str, int]] = {}
@@ -196,7 +196,7 @@ def _write_profiles(experts: Mapping[str, Path], found: Evaluation, on_hub: bool
 
     for skill, folder in experts.items():
         profile = as_profile(found, skill, "base", suite=suite, suite_fingerprint=fingerprint)
-        write_profile(folder, profile, on_hub=on_hub)
+        write_profile(folder, profile, found, on_hub=on_hub)
 
 
 def _route(
@@ -236,7 +236,7 @@ def _route(
 
 
 def _write_report(path: Path, scores: Evaluation) -> None:
-    from xpert.experts.profiles import write_score_report
+    from xpert.experts.score_report import write_score_report
 
     write_score_report(
         path, scores, title="The demo's scores", lead="that no expert has seen, in wordings of their own"

@@ -66,7 +66,7 @@ def test_a_profile_is_written_into_the_card(xpert: Run, expert: Callable[..., Pa
     assert profile.skills["colour"].expert_choice is not None
     assert profile.skills["casing"].expert_choice is None
     assert profile.skills["colour"].expert.n == 3
-    assert "colour" in (folder / "profile.html").read_text(encoding="utf-8")
+    assert "colour" in (folder / "report.html").read_text(encoding="utf-8")
     assert "| colour | exact | 3 |" in (folder / "README.md").read_text(encoding="utf-8")
     assert hash_file(folder / "adapter_model.safetensors") == weights
     published = xpert("registry", "publish", folder, "--name", "me/colour", "--quiet")

@@ -20,6 +20,11 @@ CASES = [
     ("choice", "The correct option is: D", ["D"], 1),
     ("choice", "Both", ["B"], 0),
     ("choice", "A. They eat", ["B"], 0),
+    ("choice", "A dog", ["A"], 0),
+    ("choice", "The answer is a dog", ["A"], 0),
+    ("choice", "I think so", ["I"], 0),
+    ("choice", "C because it is cold", ["C"], 1),
+    ("choice", "b", ["B"], 1),
     ("choice", "credit cards", ["Credit cards"], 1),
     ("number", "So 3 + 4 = 7", ["7"], 1),
     ("number", "It costs $1,234.50.", ["1234.5"], 1),
@@ -69,3 +74,25 @@ def test_unknown_metrics_name_the_nearest() -> None:
 def test_exec_says_that_it_needs_a_sandbox() -> None:
     with pytest.raises(Unavailable, match="needs a sandbox"):
         score("exec", "print(1)", ["1"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Rome", ["B"], 1),
+        ("B", ["Rome"], 1),
+        ("B. Rome", ["Rome"], 1),
+        ("(b)", ["B"], 1),
+        ("Paris", ["B"], 0),
+        ("D", ["B"], 0),
+        ("Berlin", ["B"], 0),
+        ("", ["B"], 0),
+    ],
+)
+def test_a_choice_is_named_by_its_text_or_its_letter(prediction: str, answers: list[str], expected: float) -> None:
+    assert score("choice", prediction, answers, ["Paris", "Rome", "Oslo"]) == expected
+
+
+def test_choices_that_are_letters_name_themselves() -> None:
+    assert score("choice", "B", ["B"], ["C", "B", "A"]) == 1
+    assert score("choice", "A", ["B"], ["C", "B", "A"]) == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from xpert.experts.evaluate import Evaluation, ItemResult
-from xpert.experts.profiles import as_profile, write_profile, write_score_report
+from xpert.experts.profiles import as_profile, write_profile
+from xpert.experts.score_report import write_score_report
 from xpert.records import Message, Row, SuiteItem
 from xpert.registry.card import BaseModel, ExpertCard
 from xpert.storage import hash_file
@@ -30,9 +31,8 @@ def test_the_hashes_in_the_card_follow_what_a_profile_writes(tmp_path: Path) -> 
     adapter = {"rank": 4, "alpha": 8}
     ExpertCard(BaseModel("b", "f"), adapter, name="e", training={"figures": figures}, files=old).write(tmp_path)
     found = evaluation("z")
-    write_score_report(tmp_path / "profile.html", found, title="t", lead="l")
-    write_profile(tmp_path, as_profile(found, "expert", "base", suite="s", suite_fingerprint="p"), on_hub=False)
+    write_profile(tmp_path, as_profile(found, "expert", "base", suite="s", suite_fingerprint="p"), found, on_hub=False)
     card = ExpertCard.read(tmp_path)
     assert card.profile is not None
-    written = {name: hash_file(tmp_path / name) for name in ("README.md", "profile.html")}
+    written = {name: hash_file(tmp_path / name) for name in ("README.md", "report.html")}
     assert card.files == {"adapter_model.safetensors": "1" * 64, **written}
