@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xpert.words import HashedWords, Hashes, HashSet, grams, hash_words
@@ -26,6 +25,8 @@ _JOINT = pa.scalar("\n", pa.large_string())
 
 def whole_texts(batch: pa.RecordBatch) -> pa.Array:
     """Prompt and answer of each row as one text."""
+    import pyarrow.compute as pc  # here, since it loads pandas
+
     return pc.binary_join_element_wise(batch.column("prompt"), batch.column("response"), _JOINT)
 
 
