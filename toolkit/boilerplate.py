@@ -20,14 +20,14 @@ __all__ = ["Boilerplate", "sample_step", "whole_texts"]
 SIZE = 5
 MOST_ROWS = 20
 SAMPLE = 50_000
-_JOINT = pa.scalar("\n", pa.large_string())
 
 
 def whole_texts(batch: pa.RecordBatch) -> pa.Array:
     """Prompt and answer of each row as one text."""
-    import pyarrow.compute as pc  # here, since it loads pandas
+    import pyarrow.compute as pc
 
-    return pc.binary_join_element_wise(batch.column("prompt"), batch.column("response"), _JOINT)
+    joint = pa.scalar("\n", pa.large_string())  # here, since pyarrow loads pandas for its first scalar
+    return pc.binary_join_element_wise(batch.column("prompt"), batch.column("response"), joint)
 
 
 def sample_step(rows: int) -> int:

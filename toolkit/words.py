@@ -47,7 +47,7 @@ class HashedWords:
 
 def hash_words(texts: pa.Array) -> HashedWords:
     """A large_string array without nulls -> its words."""
-    import pyarrow.compute as pc  # here, since it loads pandas
+    import pyarrow.compute as pc
 
     plain = pc.string_is_ascii(texts)
     if not pc.all(plain).as_py():  # the rare text beyond ASCII is spelt out by the plain definition
