@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xpert.words import HashedWords, Hashes, HashSet, grams, hash_words
@@ -21,12 +20,14 @@ __all__ = ["Boilerplate", "sample_step", "whole_texts"]
 SIZE = 5
 MOST_ROWS = 20
 SAMPLE = 50_000
-_JOINT = pa.scalar("\n", pa.large_string())
 
 
 def whole_texts(batch: pa.RecordBatch) -> pa.Array:
     """Prompt and answer of each row as one text."""
-    return pc.binary_join_element_wise(batch.column("prompt"), batch.column("response"), _JOINT)
+    import pyarrow.compute as pc
+
+    joint = pa.scalar("\n", pa.large_string())  # here, since pyarrow loads pandas for its first scalar
+    return pc.binary_join_element_wise(batch.column("prompt"), batch.column("response"), joint)
 
 
 def sample_step(rows: int) -> int:

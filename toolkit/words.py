@@ -12,7 +12,6 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 __all__ = ["HashSet", "HashedWords", "grams", "hash_words", "words"]
@@ -48,6 +47,8 @@ class HashedWords:
 
 def hash_words(texts: pa.Array) -> HashedWords:
     """A large_string array without nulls -> its words."""
+    import pyarrow.compute as pc
+
     plain = pc.string_is_ascii(texts)
     if not pc.all(plain).as_py():  # the rare text beyond ASCII is spelt out by the plain definition
         spelt = [" ".join(words(text)) for text in texts.filter(pc.invert(plain)).to_pylist()]

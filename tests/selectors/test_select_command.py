@@ -135,7 +135,7 @@ def test_a_quality_column(source: Path, tmp_path: Path, columns: Any, write_json
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["--budget", "0"], "selects nothing"),
-    (["--budget=-5%"], "is not understood"),
+    (["--budget=-5%"], "is negative"),
     (["--budget", "many"], "is not understood"),
     (["--budget", "151"], "pool holds"),
     (["--budget", "101%"], "more than the whole pool"),
