@@ -25,6 +25,7 @@ def similar(one: tuple[str, str], two: tuple[str, str], threshold: float = 0.75)
 
 
 @given(st.lists(st.text(alphabet=st.sampled_from("aB_9 .\n-é世界İß́"), max_size=40), max_size=12))
+@settings(deadline=None)  # the first call loads pyarrow.compute
 def test_hashed_words_are_the_words(texts: list[str]) -> None:
     hashed = hash_words(pa.array(texts, pa.large_string()))
     expected = [words(text) for text in texts]
