@@ -126,7 +126,7 @@ def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> N
 
 
 MISTAKES = [
-    (["profile", "nowhere", "--suite", "SUITE"], 2, "has no expert.json"),
+    (["profile", "nowhere", "--suite", "SUITE"], 2, "no such expert folder"),
     (["profile", "EXPERT", "--suite", "SUITE"], 3, "needs a sandbox"),
     (["profile", "EXPERT", "--suite", "missing.jsonl"], 2, "missing.jsonl"),
     (["profile", "EXPERT", "--suite", "SUITE", "--skip-metric", "exec,exact"], 2, "every item is left out"),
