@@ -9,7 +9,8 @@ from xpert.experts.evaluate import EvalOptions, Evaluation, Subject, usable_item
 from xpert.experts.expert_folder import model_card
 from xpert.experts.expert_report import REPORT_FILE, write_expert_report
 from xpert.experts.mixture import BASE
-from xpert.experts.subjects import loaded_engine, score_subjects
+from xpert.experts.serving import open_engine
+from xpert.experts.subjects import score_subjects
 from xpert.progress import SILENT, Progress
 from xpert.records import SuiteItem
 from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
@@ -40,16 +41,12 @@ def profile_expert(
     options = options or EvalOptions()
     card = ExpertCard.read(folder)
     items = usable_items(items, options)
-    with loaded_engine(
-        base or card.base.ref,
-        fingerprint=card.base.fingerprint,
-        device=device,
-        max_batch=options.max_batch,
-        progress=progress,
-    ) as (lm, engine):
-        engine.add_expert(EXPERT, folder)
-        subjects = [Subject.fixed(BASE, ()), Subject.fixed(EXPERT, ((EXPERT, 1.0),))]
-        found = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
+    lm, engine = open_engine(
+        base or card.base.ref, card.base.fingerprint, device=device, max_batch=options.max_batch, progress=progress
+    )
+    engine.add_expert(EXPERT, folder)
+    subjects = [Subject.fixed(BASE, ()), Subject.fixed(EXPERT, ((EXPERT, 1.0),))]
+    found = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
     profile = as_profile(found, EXPERT, BASE, suite=suite, suite_fingerprint=suite_fingerprint)
     write_profile(folder, profile, found, on_hub=lm.on_hub)
     return profile, found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
-from xpert.errors import BadInput
+from xpert.errors import BadInput, NotFound
 from xpert.experts.mixture import BASE, Mixture
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
@@ -19,7 +19,7 @@ from xpert.records import Message, Row
 if TYPE_CHECKING:
     from xpert.language_model import LanguageModel
 
-__all__ = ["MixtureRunner", "Reply", "load_engine"]
+__all__ = ["MixtureRunner", "Reply", "load_engine", "open_engine"]
 
 ENGINE = "torch-lora"
 
@@ -193,27 +193,46 @@ class MixtureRunner:
 def load_engine(
     mixture: Mixture, *, device: str, dtype: str = "auto", max_batch: int, progress: Progress = SILENT
 ) -> tuple[LanguageModel, Any]:
-    """The base model of a mixture and an engine that holds all its experts.
-
-    Raises BadInput where the base model at hand is not the one that the experts were trained on.
-    """
-    from xpert.language_model import load_model
-
-    progress.say(f"loading {mixture.base.ref}")
-    lm = load_model(mixture.base.ref, device=device, dtype=dtype, progress=progress)
-    if lm.fingerprint != mixture.base.fingerprint:
-        raise BadInput(
-            f"this base model ({lm.fingerprint[:12]}) is not the one the experts were trained on "
-            f"({mixture.base.fingerprint[:12]})",
-            where=mixture.base.ref,
-            hint="restore that model, or train the experts again",
-        )
-    engine = plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
+    """The base model of a mixture and an engine that holds all its experts. Errors as in `open_engine`."""
+    lm, engine = open_engine(
+        mixture.base.ref, mixture.base.fingerprint, device=device, dtype=dtype, max_batch=max_batch, progress=progress
+    )
     with progress.task("loading experts", total=len(mixture.experts)) as task:
         for expert in mixture.experts:
             engine.add_expert(expert.key, expert.folder)
             task.advance(1, expert.key)
     return lm, engine
+
+
+def open_engine(
+    base: str,
+    fingerprint: str | None = None,
+    *,
+    device: str,
+    dtype: str = "auto",
+    max_batch: int,
+    progress: Progress = SILENT,
+) -> tuple[LanguageModel, Any]:
+    """A base model and an engine without experts on it.
+
+    Raises BadInput where the model's weights are not those with this fingerprint, NotFound where it has moved.
+    """
+    from xpert.language_model import load_model
+
+    progress.say(f"loading {base}")
+    try:
+        lm = load_model(base, device=device, dtype=dtype, progress=progress)
+    except NotFound as error:
+        if fingerprint is not None:
+            error.hint = "say by --base where the base model lies now"
+        raise
+    if fingerprint is not None and lm.fingerprint != fingerprint:
+        raise BadInput(
+            f"this base model ({lm.fingerprint[:12]}) is not the one the expert was trained on ({fingerprint[:12]})",
+            where=base,
+            hint="restore that model, or train the expert again",
+        )
+    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from xpert.errors import BadInput, NotFound
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
-from xpert.experts.serving import ENGINE
+from xpert.experts.serving import open_engine
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
@@ -23,7 +22,6 @@ __all__ = [
     "Entrant",
     "average",
     "control_subjects",
-    "loaded_engine",
     "open_entrants",
     "routed_subject",
     "run_entrants",
@@ -80,24 +78,6 @@ def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
     return Entrant(name, mixture.base.ref, mixture)
 
 
-@contextmanager
-def loaded_engine(
-    base: str, *, fingerprint: str | None = None, device: str = "auto", max_batch: int = 16, progress: Progress = SILENT
-) -> Iterator[tuple[Any, Any]]:
-    """(language model, engine) of a base; raises BadInput where its weights are not those with this fingerprint."""
-    from xpert.language_model import load_model
-
-    progress.say(f"loading {base}")
-    lm = load_model(base, device=device, progress=progress)
-    if fingerprint is not None and lm.fingerprint != fingerprint:
-        raise BadInput(
-            f"this base model ({lm.fingerprint[:12]}) is not the one the expert was trained on ({fingerprint[:12]})",
-            where=base,
-            hint="restore that model, or train the expert again",
-        )
-    yield lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
-
-
 def run_entrants(
     entrants: Sequence[Entrant],
     items: Sequence[SuiteItem],
@@ -121,29 +101,29 @@ def run_entrants(
         prints = {e.mixture.base.fingerprint for e in group if e.mixture}
         if len(prints) > 1:
             raise BadInput(f"experts trained on different weights of {base} cannot be scored together")
-        with loaded_engine(
-            base, fingerprint=next(iter(prints), None), device=device, max_batch=options.max_batch, progress=progress
-        ) as (lm, engine):
-            subjects: list[Subject] = []
-            averaged: dict[str, list[str]] = {}
-            for entrant in group:
-                if entrant.mixture is None:
-                    subjects.append(Subject.fixed(entrant.name, ()))
-                    continue
-                keys = _add_experts(engine, entrant.mixture)
-                subjects.append(
-                    routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
-                )
-                if controls and len(entrant.mixture.experts) > 1:
-                    found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
-                    subjects += found
-                    averaged |= groups
-            scored = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
-            generated += scored.generated
-            parts = dict(scored.results)
-            for name, members in averaged.items():
-                parts[name] = average([parts.pop(member) for member in members])
-            results |= parts
+        lm, engine = open_engine(
+            base, next(iter(prints), None), device=device, max_batch=options.max_batch, progress=progress
+        )
+        subjects: list[Subject] = []
+        averaged: dict[str, list[str]] = {}
+        for entrant in group:
+            if entrant.mixture is None:
+                subjects.append(Subject.fixed(entrant.name, ()))
+                continue
+            keys = _add_experts(engine, entrant.mixture)
+            subjects.append(
+                routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
+            )
+            if controls and len(entrant.mixture.experts) > 1:
+                found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
+                subjects += found
+                averaged |= groups
+        scored = score_subjects(lm, engine, subjects, items, options, seed=seed, progress=progress)
+        generated += scored.generated
+        parts = dict(scored.results)
+        for name, members in averaged.items():
+            parts[name] = average([parts.pop(member) for member in members])
+        results |= parts
     return Evaluation(items, results, seed=seed, generated=generated)
 
 

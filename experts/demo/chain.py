@@ -166,13 +166,10 @@ class _Scorer:
         seed: int,
         progress: Progress,
     ) -> None:
-        from xpert import plugins
-        from xpert.experts.serving import ENGINE
-        from xpert.language_model import load_model
+        from xpert.experts.serving import open_engine
 
         self.items, self.device, self.seed, self.progress = items, device, seed, progress
-        self.lm = load_model(base, device=device, progress=progress)
-        self.engine = plugins.load("engine", ENGINE)(self.lm, max_batch=SCORING.max_batch)
+        self.lm, self.engine = open_engine(base, device=device, max_batch=SCORING.max_batch, progress=progress)
         for skill, folder in experts.items():
             self.engine.add_expert(skill, folder)
 
