@@ -42,11 +42,20 @@ class CentroidOptions(Config):
     top: int = option(1, "how many experts answer together", minimum=1)
     temperature: float = option(0.05, "of the softmax over cosines that weights them, if top > 1", minimum=1e-6)
     threshold: float | None = option(
-        None, "cosine under which the base answers; by default from the exemplars, see reject", minimum=-1, maximum=1
+        None,
+        "cosine under which the base answers; by default from the exemplars, see strictness",
+        minimum=-1,
+        maximum=1,
     )
     reject: float = option(
         0.02,
-        "sets the threshold: this share of a skill's exemplars, scored while left out, lies under it",
+        "share of a skill's exemplars, and of the others', that may lie beyond the bounds its threshold is set between",
+        minimum=0,
+        maximum=1,
+    )
+    strictness: float = option(
+        0.5,
+        "where between others (0) and its own (1) the threshold lies: more leaves more to the base",
         minimum=0,
         maximum=1,
     )
@@ -138,12 +147,16 @@ class CentroidRouter:
         return self.groups[nearest[candidate.expert]].label
 
     def _calibrated(self, embedder: Embedder) -> list[float]:
-        """Per skill, the `reject` quantile of its exemplars' scores for it, in spaces made without them.
+        """Per skill, between the weakest of its own exemplars and the strongest of other experts', by `strictness`.
 
-        Every FOLDS-th exemplar of each group is left out in turn. A skill with fewer than ENOUGH takes the quantile
-        of all skills together.
+        Weakest and strongest are the `reject` quantile and its counterpart from above, of the scores of exemplars left
+        out of the space that scores them (every FOLDS-th of each group in turn). Own exemplars alone would set the
+        threshold too high: they share their wordings, so left-out ones fit better than a user's own words do. Where
+        others reach as high as its own, a skill keeps to its own; without other experts the strongest counts as 0. A
+        skill with fewer than ENOUGH left-out exemplars takes the quantile of all skills together.
         """
         own: list[list[float]] = [[] for _ in self.groups]
+        others: list[list[float]] = [[] for _ in self.groups]
         for fold in range(FOLDS):
             kept = [_Group(g.expert, g.label, _without(g.texts, fold)) for g in self.groups]
             present = [index for index, group in enumerate(kept) if group.texts]
@@ -153,10 +166,24 @@ class CentroidRouter:
             maker = self._new_embedder() if self._fitted else embedder
             space = _Space([kept[index] for index in present], maker, self.options.mode, fit=self._fitted)
             scores = space.scores([text for _, text in left_out])
+            experts = np.array([self.groups[index].expert for index in present])
             for row, (place, _) in zip(scores, left_out, strict=True):
                 own[present[place]].append(float(row[place]))
+                for other in np.flatnonzero(experts != experts[place]):
+                    others[present[other]].append(float(row[other]))
         together = _low([score for scores in own for score in scores], self.options.reject)
-        return [_low(scores, self.options.reject) if len(scores) >= ENOUGH else together for scores in own]
+        return [
+            _between(
+                _low(mine, self.options.reject) if len(mine) >= ENOUGH else together,
+                -_low([-score for score in theirs], self.options.reject) if theirs else 0.0,
+                self.options.strictness,
+            )
+            for mine, theirs in zip(own, others, strict=True)
+        ]
+
+
+def _between(own: float, others: float, strictness: float) -> float:
+    return others + strictness * (own - others) if others < own else own
 
 
 class _Space:
