@@ -96,8 +96,8 @@ def run_entrants(
     named = {entrant.name: (entrant.base, _sole(entrant)) for entrant in entrants}
     results: dict[str, Sequence[ItemResult]] = {}
     generated = 0
-    for base in dict.fromkeys(entrant.base for entrant in entrants):
-        group = [entrant for entrant in entrants if entrant.base == base]
+    for base in dict.fromkeys(_located(entrant.base) for entrant in entrants):
+        group = [entrant for entrant in entrants if _located(entrant.base) == base]
         prints = {e.mixture.base.fingerprint for e in group if e.mixture}
         if len(prints) > 1:
             raise BadInput(f"experts trained on different weights of {base} cannot be scored together")
@@ -125,6 +125,11 @@ def run_entrants(
             parts[name] = average([parts.pop(member) for member in members])
         results |= parts
     return Evaluation(items, results, seed=seed, generated=generated)
+
+
+def _located(base: str) -> str:
+    """One name for a base, by whatever path it was given."""
+    return str(Path(base).resolve()) if Path(base).exists() else base
 
 
 _Named = dict[str, tuple[str, WeightedExperts | None]]

@@ -115,12 +115,7 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded
 
 def licences_of(rows: Sequence[Row]) -> dict[str, int]:
     """Rows per licence, from a `licence` or `license` column; most frequent first."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        named = {key.lower(): value for key, value in row.columns.items()}
-        licence = named.get("licence") or named.get("license")
-        counts[str(licence) if licence else "unknown"] += 1
-    return dict(counts.most_common())
+    return dict(Counter(row.licence or "unknown" for row in rows).most_common())
 
 
 def skills_of(data: TrainingRows) -> tuple[str, ...]:

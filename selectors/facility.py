@@ -118,24 +118,14 @@ class Facility:
 
 
 def _blocks(embeddings: Floats, seed: int) -> list[Ints]:
-    from xpert.clustering import cluster, cluster_count
+    from xpert.clustering import cluster, cluster_count, different_rows
 
     # As many as `clusters` accepts: a pool of few different rows gets fewer.
-    wanted = _different(embeddings, max(1, round(len(embeddings) / ROWS_PER_BLOCK)))
+    wanted = different_rows(embeddings, max(1, round(len(embeddings) / ROWS_PER_BLOCK)))
     labels, _ = cluster(embeddings, cluster_count(str(wanted), embeddings), seed=seed)
     order = np.argsort(labels, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return [part.astype(np.int64) for part in parts]
-
-
-def _different(embeddings: Floats, enough: int) -> int:
-    """How many different rows there are, counted no further than `enough`."""
-    seen: set[bytes] = set()
-    for row in embeddings:
-        seen.add((row + 0.0).tobytes())  # -0.0 is 0.0
-        if len(seen) == enough:
-            break
-    return len(seen)
 
 
 def _graph(embeddings: Floats, k: int) -> tuple[Ints, Floats, str]:

@@ -15,7 +15,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Floats
 from xpert.similarity import max_similarity
 
-__all__ = ["Clusters", "cluster", "cluster_count", "telling_terms"]
+__all__ = ["Clusters", "cluster", "cluster_count", "different_rows", "telling_terms"]
 
 Labels = NDArray[np.int32]
 
@@ -54,7 +54,7 @@ def cluster_count(setting: str, embeddings: Floats) -> int:
     n = len(embeddings)
     if setting == "auto":
         wanted = max(1, min(_MOST_CLUSTERS, round(math.sqrt(n / 2))))
-        return min(wanted, _different_rows(embeddings, wanted))
+        return min(wanted, different_rows(embeddings, wanted))
     if not re.fullmatch(r"[+-]?\d+", setting):
         raise BadInput(f"clusters is {setting!r}", hint="write a whole number, or auto")
     wanted = int(setting)
@@ -62,7 +62,7 @@ def cluster_count(setting: str, embeddings: Floats) -> int:
         raise BadInput(f"clusters is {wanted}; the least is 1", hint="write a whole number from 1, or auto")
     if wanted > n:
         raise BadInput(f"clusters is {wanted:,}, but the pool holds {n:,} rows", hint="lower --clusters, or write auto")
-    different = _different_rows(embeddings, wanted)
+    different = different_rows(embeddings, wanted)
     if wanted > different:
         raise BadInput(
             f"clusters is {wanted:,}, but only {different:,} rows of the pool embed differently",
@@ -146,11 +146,11 @@ def _fill_empty(rows: Floats, labels: Labels, centroids: Floats, cosines: Floats
     return labels, centroids
 
 
-def _different_rows(embeddings: Floats, enough: int) -> int:
-    """The number of different rows, counted up to `enough`."""
+def different_rows(embeddings: Floats, enough: int) -> int:
+    """How many different rows [n, d] there are, counted no further than `enough`."""
     seen: set[bytes] = set()
     for row in embeddings:
-        seen.add(row.tobytes())
+        seen.add((row + 0.0).tobytes())  # -0.0 is 0.0
         if len(seen) >= enough:
             break
     return len(seen)

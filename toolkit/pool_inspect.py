@@ -16,13 +16,13 @@ from xpert.pool import Pool, is_pool
 from xpert.pool_build import PoolOptions
 from xpert.progress import SILENT, Progress
 from xpert.readers import open_source
+from xpert.records import licence_of
 from xpert.row_forms import RowParser, Unfit, parse_mapping
 
 __all__ = ["inspect_source"]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SAMPLES = 3
-LICENCE_COLUMNS = ("licence", "license")
 
 
 @dataclass
@@ -61,8 +61,7 @@ class _Tally:
         self.responses.add([row[2] for row in rows])
         self.skills.update(row[3] or "none" for row in rows)
         for row in rows:
-            licence = next((row[4][name] for name in LICENCE_COLUMNS if row[4].get(name)), "none stated")
-            self.licences[str(licence)] += 1
+            self.licences[licence_of(row[4]) or "none stated"] += 1
         for row in rows[: SAMPLES - len(self.samples)]:
             self.samples.append({"id": row[0], "skill": row[3], "prompt": row[1], "response": row[2]})
         self.rows += len(rows)

@@ -10,7 +10,7 @@ from typing import Any
 from xpert.errors import BadInput
 from xpert.storage import hash_texts
 
-__all__ = ["Budget", "Message", "Row", "Shots", "SuiteItem"]
+__all__ = ["Budget", "Message", "Row", "Shots", "SuiteItem", "licence_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,21 @@ class Row:
         """The text of all turns before the answer, joined by blank lines."""
         return "\n\n".join(message.content for message in self.messages)
 
+    @property
+    def licence(self) -> str | None:
+        """What its source says in a column `licence` or `license`, in any case."""
+        return licence_of(self.columns)
+
     def chat(self) -> list[dict[str, str]]:
         """The turns before the answer, as a chat template takes them."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
+
+
+def licence_of(columns: Mapping[str, Any]) -> str | None:
+    """The value of a column `licence` or `license`, in any case; None where there is none."""
+    named = {key.lower(): value for key, value in columns.items()}
+    found = named.get("licence") or named.get("license")
+    return str(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SelectionFolder", "read_selection", "select"]
 
-LICENCE_COLUMNS = ("licence", "license")
-
 
 def select(
     pool: Pool | Path | str,
@@ -268,7 +266,7 @@ def _figures(
         "pool_rows": len(features.pool),
         "excluded_as_shots": excluded,
         "skills": _counted(row.skill for row in rows),
-        "licences": _counted(_licence(row) for row in rows),
+        "licences": _counted(row.licence for row in rows),
     }
     if shots:
         # Only where the embeddings were asked for: a random draw alone does not need them.
@@ -277,13 +275,6 @@ def _figures(
             cosines = features.embeddings()[selection.rows] @ features.shot_embeddings().T
             figures["mean_similarity"] = round(float(cosines.max(axis=1).mean()), 6)
     return figures
-
-
-def _licence(row: Row) -> str | None:
-    for name in LICENCE_COLUMNS:
-        if row.columns.get(name):
-            return str(row.columns[name])
-    return None
 
 
 def _counted(values: Any) -> dict[str, int]:

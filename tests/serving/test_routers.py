@@ -110,7 +110,9 @@ def test_centroid_finds_the_skill_of_new_prompts(mode: str, rows: list[Row], col
     ],
 )
 def test_centroid_leaves_far_prompts_to_the_base(mode: str, far: str, rows: list[Row]) -> None:
-    (route,) = make("centroid", experts_for(rows), mode=mode, strictness=1.0).route([RouteRequest("far", (Message("user", far),))])
+    (route,) = make("centroid", experts_for(rows), mode=mode, strictness=1.0).route(
+        [RouteRequest("far", (Message("user", far),))]
+    )
     assert route.experts == ()
     assert "threshold" in route.reason
     assert len(route.candidates) == len(SKILLS)
