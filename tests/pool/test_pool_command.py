@@ -127,7 +127,7 @@ def test_the_hub_offline_is_status_3(xpert: Run, monkeypatch: pytest.MonkeyPatch
         ('{"question": "a?"}', "row 1 has no answers"),
         ('{"question": "a?", "answers": [{"text": "b"}]}', "row 1 has answers that are not texts"),
         (
-            '{"question": "a?", "answers": ["b"], "metric": "choice", "choices": ["c", "d"]}',
+            '{"question": "a?", "answers": ["x"], "metric": "choice", "choices": ["c", "d"]}',
             "no answer among its choices",
         ),
     ],
