@@ -368,7 +368,7 @@ def test_what_failed_in_writing_is_not_trained_again(
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(expert_folder, "_readme", fail)
+        patched.setattr(expert_folder, "model_card", fail)
         train(source, str(tiny_base), tmp_path / "out", _options(), device="cpu")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(module, "_run_steps", fail)
