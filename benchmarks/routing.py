@@ -40,7 +40,7 @@ def main() -> None:
     requests = [RouteRequest(row.id, row.messages, row.skill) for row in prompts]
     print("| draw | right expert ranked first | routed right | foreign prompts left to the base | ms a prompt |")
     print("|---|---|---|---|---|")
-    figures = []
+    figures: list[tuple[float, float, float, float]] = []
     for draw in range(given.draws):
         names = np.random.default_rng(draw).choice(sorted(experts), given.experts, replace=False).tolist()
         router = router_class(options)
@@ -52,7 +52,7 @@ def main() -> None:
         first = np.mean([r.candidates[0].expert == skill for r, skill in own])
         right = np.mean([bool(r.experts) and r.experts[0][0] == skill for r, skill in own])
         foreign = np.mean([not r.experts for r, q in zip(routes, requests, strict=True) if q.skill not in names])
-        figures.append((first, right, foreign, spent))
+        figures.append((float(first), float(right), float(foreign), spent))
         print(f"| {draw + 1} | {first:.3f} | {right:.3f} | {foreign:.3f} | {spent:.2f} |", flush=True)
     first, right, foreign, spent = np.mean(figures, axis=0)
     print(f"| mean | {first:.3f} | {right:.3f} | {foreign:.3f} | {spent:.2f} |")
