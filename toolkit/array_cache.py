@@ -5,7 +5,6 @@ Two processes may make the same entry at once: both compute, the first to finish
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ __all__ = ["ArrayCache", "Arrays"]
 Arrays = dict[str, NDArray[Any]]
 
 _INDEX = "entry.json"
-_LOST_THE_RACE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 class ArrayCache:
@@ -62,11 +60,12 @@ class ArrayCache:
         if target is None:
             return dict(arrays)
         try:
-            with draft_folder(target, replace=True) as draft:
+            with draft_folder(target) as draft:
                 _write_entry(draft, key, arrays)
-        except OSError as error:
-            if error.errno not in _LOST_THE_RACE:
+        except BadInput:
+            if not target.is_dir():
                 raise
+            # Another process has stored the same entry meanwhile; it is never replaced under those who read it.
         return _read_entry(target)
 
     def _path(self, kind: str, key: Mapping[str, Any]) -> Path | None:

@@ -72,7 +72,7 @@ def draft_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield draft
             _sync_tree(draft)
-            _rename_over(draft, target)
+            _give_name(draft, target, replace=replace)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -220,9 +220,14 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _rename_over(draft: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(draft, target)
+def _give_name(draft: Path, target: Path, *, replace: bool) -> None:
+    if not replace or not target.exists():
+        try:
+            os.rename(draft, target)
+        except OSError:
+            # Another process has made it since `check_output`.
+            check_output(target, replace=replace)
+            raise
         return
     # A folder with content cannot be renamed over: the old one steps aside first, and comes back if that fails.
     aside = target.parent / f".{target.name}{_DRAFT_MARK}{os.getpid()}-old"
