@@ -34,7 +34,7 @@ def command(session: Session, out: Path, limit: int | None) -> None:
 
 
 def _summary(result: DemoResult) -> str:
-    from xpert.commands.evaluation import score_table
+    from xpert.commands.evaluation import choice_line, score_table
     from xpert.progress import duration
 
     lines = ["", "Selected rows by their skill (the selector has not seen it):"]
@@ -46,9 +46,7 @@ def _summary(result: DemoResult) -> str:
     items = len(result.scores.items)
     lines += ["", f"Scores on {items} held-out questions, exact match in hundredths with 95 % intervals:", ""]
     lines += [score_table(result.scores), ""]
-    choices = {name: result.scores.choice_interval(name) for name in result.scores.results}
-    known = [f"{name} {100 * found.score:.1f}" for name, found in choices.items() if found]
-    lines += [f"By likelihood over choices, where there are some: {', '.join(known)}.", ""]
+    lines += [choice_line(result.scores), ""]
     spent = ", ".join(f"{step} {duration(seconds)}" for step, seconds in result.seconds.items())
     lines += [f"Times: {spent}; in all {duration(sum(result.seconds.values()))}.", "Reports:"]
     lines += [f"  {path}" for path in result.reports]

@@ -11,7 +11,7 @@ from xpert.commands.options import Session, common_options, config_options, take
 from xpert.errors import BadInput
 from xpert.experts.evaluate import EvalOptions, Evaluation
 
-__all__ = ["command", "score_table"]
+__all__ = ["choice_line", "command", "score_table"]
 
 
 @click.command("eval")
@@ -65,7 +65,7 @@ def command(
         write_score_report(out, found, title="Scores side by side", lead=f"on the suite {loaded.name}")
     session.result(
         {"suite": loaded.name, "items": len(items), "scores": found.to_dict(), "borda": borda_points(found)},
-        score_table(found),
+        "\n\n".join(filter(None, [score_table(found), choice_line(found)])),
     )
 
 
@@ -89,3 +89,10 @@ def score_table(found: Evaluation) -> str:
         scores = "  ".join(f"{100 * found.interval(name, skill).score:>{w}.1f}" for skill, w in columns)
         lines.append(f"{name:<{width}}  {shown:>18}  {scores}  {points.get(name, 0):>6.1f}")
     return "\n".join(lines)
+
+
+def choice_line(found: Evaluation) -> str:
+    """Accuracy by likelihood over choices, of every subject; empty where no item has choices."""
+    choices = {name: found.choice_interval(name) for name in found.results}
+    known = [f"{name} {100 * choice.score:.1f}" for name, choice in choices.items() if choice]
+    return f"By likelihood over choices, where there are some: {', '.join(known)}." if known else ""

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pool": ("pools", "Build a pool from instruction data, or look into one."),
     "cluster": ("cluster", "Embed and cluster a pool; name the clusters by their telling terms."),
     "select": ("selection", "Select rows for a task from a pool, anchored on its shots."),
-    "methods": ("methods", "List the selectors and other plug-ins, or explain one."),
+    "methods": ("methods", "List the plug-ins of every seam, or explain one."),
     "train": ("train", "Train a LoRA expert on a selection."),
     "profile": ("profiling", "Score an expert and its base per skill."),
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),

@@ -18,20 +18,41 @@ __all__ = ["command", "describe"]
 
 @click.command("methods")
 @click.argument("name", required=False)
-@click.option("--kind", default="selector", show_default=True, metavar="|".join(plugins.KINDS), help="Which seam.")
+@click.option("--kind", metavar="|".join(plugins.KINDS), help="Only this seam.  [default: all]")
 @common_options
-def command(session: Session, name: str | None, kind: str) -> None:
-    """Lists the selectors, or the members of another seam; with NAME, explains one: parameters, cost, source."""
-    if kind not in plugins.KINDS:
+def command(session: Session, name: str | None, kind: str | None) -> None:
+    """List the plug-ins of every seam, or of one; with NAME, explain one: parameters, cost, source."""
+    if kind is not None and kind not in plugins.KINDS:
         raise unknown("kind", kind, plugins.KINDS)
+    seams = [kind] if kind is not None else list(plugins.KINDS)
     if name is not None:
-        found = describe(kind, name)
-        session.result(found, _explanation(found))
+        first, *others = _seams_of(name, seams)
+        found = describe(first, name)
+        also = [f"\nalso {_a(other)}: xpert methods {name} --kind {other}" for other in others]
+        session.result(found, "\n".join([_explanation(found), *also]))
         return
-    members = [_summary(kind, member) for member in plugins.names(kind)]
+    members = {seam: [_summary(seam, member) for member in plugins.names(seam)] for seam in seams}
+    text = [_listing(seam, members[seam], headed=kind is None) for seam in seams]
+    session.result({"kind": kind, "members": [member for seam in seams for member in members[seam]]}, "\n\n".join(text))
+
+
+def _seams_of(name: str, seams: list[str]) -> list[str]:
+    """The seams that have a plug-in of that name; where none has, raises with the nearest name of them all."""
+    known = {seam: plugins.names(seam) for seam in seams}
+    found = [seam for seam in seams if name.replace("_", "-") in known[seam]]
+    if not found:
+        raise unknown(seams[0] if len(seams) == 1 else "plug-in", name, {n for names in known.values() for n in names})
+    return found
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _listing(kind: str, members: list[dict[str, str]], *, headed: bool) -> str:
     width = max((len(member["name"]) for member in members), default=0)
-    text = "\n".join(f"{member['name']:<{width}}  {member['summary']}" for member in members)
-    session.result({"kind": kind, "members": members}, text or f"no {kind} is installed")
+    lines = [f"{member['name']:<{width}}  {member['summary']}" for member in members] or [f"no {kind} is installed"]
+    return "\n".join([f"{kind}s", *(f"  {line}" for line in lines)] if headed else lines)
 
 
 def describe(kind: str, name: str) -> dict[str, Any]:
@@ -54,9 +75,9 @@ def describe(kind: str, name: str) -> dict[str, Any]:
 def _summary(kind: str, name: str) -> dict[str, str]:
     """One line of the list; a member whose packages are missing stands there, and says so."""
     try:
-        return {"name": name, "summary": _title(plugins.load(kind, name))}
+        return {"name": name, "kind": kind, "summary": _title(plugins.load(kind, name))}
     except (ImportError, Unavailable) as error:
-        return {"name": name, "summary": f"(not usable here: {error})"}
+        return {"name": name, "kind": kind, "summary": f"(not usable here: {error})"}
 
 
 def _title(plugin: Any) -> str:
@@ -98,7 +119,7 @@ def _explanation(found: dict[str, Any]) -> str:
         shown = str(default).lower() if default is None or isinstance(default, bool) else default
         lines.append(f"  {parameter['name']} = {shown}{limits}")
         lines.append(f"      {parameter['help']}")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
 def _limits(parameter: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The random control (public name `random`): experts drawn with equal chances, whatever the prompt says."""
+"""The random control: experts drawn with equal chances, whatever the prompt says."""
 
 from __future__ import annotations
 

@@ -123,6 +123,10 @@ def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> N
     head, line = result.stdout.splitlines()[:2]
     assert head.split()[-1] == "Borda"
     assert line.startswith(tiny_base.name)
+    # The suite has items with choices, so that scoring them by likelihood is shown too.
+    assert result.stdout.splitlines()[-1].startswith(
+        f"By likelihood over choices, where there are some: {tiny_base.name} "
+    )
 
 
 MISTAKES = [

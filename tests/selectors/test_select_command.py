@@ -193,10 +193,22 @@ def test_methods_are_listed_and_explained(xpert: Run) -> None:
         for name in plugins.names(kind):
             result = xpert("methods", name, "--kind", kind)
             assert result.exit_code == 0, result.stderr
+            assert name in {member["name"] for member in listed["members"] if member["kind"] == kind}
+            assert xpert("methods", name).exit_code == 0, "the seam need not be told"
+    assert [line for line in xpert("methods").stdout.splitlines() if not line.startswith(" ")] == [
+        "selectors", "", "embedders", "", "routers", "", "engines",
+    ]  # fmt: skip
+    assert {
+        member["kind"] for member in json.loads(xpert("methods", "--kind", "router", "--json").stdout)["members"]
+    } == {"router"}
+    assert xpert("methods", "centroid").stdout.startswith("centroid (router)\n")
+    shared = xpert("methods", "random").stdout
+    assert shared.startswith("random (selector)\n")
+    assert shared.endswith("\nalso a router: xpert methods random --kind router\n")
     explained = xpert("methods", "kshot").stdout
     assert "tau = 0.9" in explained
     assert "arXiv:2408.15915" in explained
-    for arguments, said in ((("kshto",), "kshot"), (("--kind", "selecter"), "selector")):
+    for arguments, said in ((("kshto",), "kshot"), (("centriod",), "centroid"), (("--kind", "selecter"), "selector")):
         result = xpert("methods", *arguments)
         assert result.exit_code == 2
         assert f"Did you mean {said!r}" in result.stderr
