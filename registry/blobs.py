@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from xpert.errors import BadInput, Corrupt
-from xpert.storage import hash_file
+from xpert.storage import alive, hash_file
 
 __all__ = ["BlobStore", "Drafts", "open_plain", "sync_folder"]
 
@@ -52,7 +52,7 @@ class Drafts:
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             host, _, process = path.stem.rpartition(".")
             if host == self._host and process.isdigit():
-                dead = not _alive(int(process))
+                dead = not alive(int(process))
             else:
                 dead = time.time() - path.lstat().st_mtime > _DAY
             if dead:
@@ -155,13 +155,3 @@ def _copy(source: BinaryIO, target: BinaryIO) -> str:
         digest.update(chunk)
         target.write(chunk)
     return digest.hexdigest()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -20,6 +20,7 @@ from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 
 __all__ = [
     "MANIFEST",
+    "alive",
     "cache_folder",
     "check_output",
     "data_folder",
@@ -253,11 +254,12 @@ def _sync_tree(folder: Path) -> None:
 def _sweep(target: Path) -> None:
     for stale in target.parent.glob(f".{target.name}{_DRAFT_MARK}*"):
         process = stale.name.split(_DRAFT_MARK)[1].split("-")[0]
-        if process.isdigit() and not _alive(int(process)):
+        if process.isdigit() and not alive(int(process)):
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Is there a process of this number on this machine?"""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,0 +1,66 @@
+"""`make bench`: every benchmark in turn, on data that the installed packages carry.
+
+    python -m benchmarks [NAME ...] [--pool POOL --shots SHOTS --prompts PROMPTS]
+
+The committed tables were made on a larger pool and by the commands that stand in them; here the demo's data serve where
+no others are given, so that nothing has to be fetched. One thread; some twenty minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from xpert.experts.demo.chain import base_model
+from xpert.experts.demo.sources import write_demo_data
+
+FOLDER = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; default: all")
+    for name in ("--pool", "--shots", "--prompts"):
+        parser.add_argument(name)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = _plan(Path(folder), given.pool, given.shots, given.prompts)
+        unknown = set(given.names) - set(plan)
+        if unknown:
+            parser.error(f"no benchmark {', '.join(sorted(unknown))}; known: {', '.join(plan)}")
+        failed = [name for name in given.names or plan if not _run(name, plan[name])]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None) -> dict[str, list[str]]:
+    """Benchmark -> its arguments."""
+    data = write_demo_data(folder / "data")
+    every_shot = folder / "shots.jsonl"
+    every_shot.write_text("".join(path.read_text(encoding="utf-8") for path in data.shots.values()), encoding="utf-8")
+    rows, anchors = ["--pool", pool or str(data.pool)], ["--shots", shots or str(every_shot)]
+    experts = "10" if shots else str(len(data.shots))
+    return {
+        "whole_pool": rows,
+        "selection_share": [*rows, *anchors, "--budget", "200"],
+        "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
+        "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
+        "engine": ["--repeats", "2"],
+        "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
+        "registry": ["--experts", "200"],
+        "pool_build": ["--rows", "100000"],
+    }
+
+
+def _run(name: str, arguments: list[str]) -> bool:
+    print(f"\n## {name}\n", flush=True)
+    environment = {"OMP_NUM_THREADS": "1", "ROWS": "32", **os.environ}
+    return subprocess.run([sys.executable, FOLDER / f"{name}.py", *arguments], env=environment).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
