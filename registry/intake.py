@@ -88,7 +88,7 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
         base=card.base.ref,
         base_fingerprint=card.base.fingerprint,
         description=card.description,
-        skills=tuple(card.skills or profile),  # what it was scored on besides is not its own
+        skills=tuple(dict.fromkeys((*card.skills, *profile))),
         scores={skill: score.expert.score for skill, score in profile.items()},
         left_out=left_out,
     )
