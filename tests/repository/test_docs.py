@@ -60,7 +60,7 @@ def test_the_python_of_the_readme_runs(
     write_jsonl("shots.jsonl", columns(5, seed=9, skills=("arithmetic",)))
     for code in snippets(README, "python"):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert (tmp_path / "chosen" / "report.html").is_file()
+    assert (tmp_path / "chosen-20" / "report.html").is_file()
 
 
 def test_the_selector_of_contributing_selects(rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
