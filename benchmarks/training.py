@@ -117,6 +117,7 @@ def run_trl(base: str, rows: str, steps: int) -> dict[str, float]:
             train_sampling_strategy="group_by_length",
             activation_checkpointing=False,
             use_cpu=True,
+            bf16=False,  # trl's default would emulate bfloat16 here, many times slower
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
