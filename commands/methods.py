@@ -15,6 +15,8 @@ from xpert.errors import Unavailable, unknown
 
 __all__ = ["command", "describe"]
 
+_HEADS = {"scorer": "scorers (each is a method too, which takes the best rows)"}
+
 
 @click.command("methods")
 @click.argument("name", required=False)
@@ -32,7 +34,12 @@ def command(session: Session, name: str | None, kind: str | None) -> None:
         session.result(found, "\n".join([_explanation(found), *also]))
         return
     members = {seam: [_summary(seam, member) for member in plugins.names(seam)] for seam in seams}
-    text = [_listing(seam, members[seam], headed=kind is None) for seam in seams]
+    # Every scorer is a selector too; where both seams are listed it stands under its own.
+    shown = dict(members)
+    if "scorer" in shown and "selector" in shown:
+        scorers = {member["name"] for member in shown["scorer"]}
+        shown["selector"] = [member for member in shown["selector"] if member["name"] not in scorers]
+    text = [_listing(seam, shown[seam], headed=kind is None) for seam in seams]
     session.result({"kind": kind, "members": [member for seam in seams for member in members[seam]]}, "\n\n".join(text))
 
 
@@ -52,7 +59,7 @@ def _a(kind: str) -> str:
 def _listing(kind: str, members: list[dict[str, str]], *, headed: bool) -> str:
     width = max((len(member["name"]) for member in members), default=0)
     lines = [f"{member['name']:<{width}}  {member['summary']}" for member in members] or [f"no {kind} is installed"]
-    return "\n".join([f"{kind}s", *(f"  {line}" for line in lines)] if headed else lines)
+    return "\n".join([_HEADS.get(kind, f"{kind}s"), *(f"  {line}" for line in lines)] if headed else lines)
 
 
 def describe(kind: str, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from xpert.errors import BadInput
 from xpert.progress import SILENT, Progress
 from xpert.storage import draft_folder, hash_json, read_json, write_json
 
-__all__ = ["ArrayCache", "Arrays"]
+__all__ = ["ArrayCache", "Arrays", "read_arrays", "write_arrays"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,7 +48,7 @@ class ArrayCache:
         if target is None or not target.is_dir():
             return None
         try:
-            return _read_entry(target)
+            return read_arrays(target)
         except (ValueError, EOFError, KeyError, TypeError, AttributeError, OSError, BadInput) as error:
             self.progress.say(f"cached {kind} is damaged and is made again ({target}: {error})")
             shutil.rmtree(target, ignore_errors=True)
@@ -61,18 +61,19 @@ class ArrayCache:
             return dict(arrays)
         try:
             with draft_folder(target) as draft:
-                _write_entry(draft, key, arrays)
+                write_arrays(draft, key, arrays)
         except BadInput:
             if not target.is_dir():
                 raise
             # Another process has stored the same entry meanwhile; it is never replaced under those who read it.
-        return _read_entry(target)
+        return read_arrays(target)
 
     def _path(self, kind: str, key: Mapping[str, Any]) -> Path | None:
         return self.folder / f"{kind}-{hash_json({'kind': kind, **key})[:32]}" if self.folder else None
 
 
-def _write_entry(folder: Path, key: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_arrays(folder: Path, key: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Each array as `NAME.npy`, and an index of shapes and sizes beside them."""
     index = {}
     for name, array in arrays.items():
         path = folder / f"{name}.npy"
@@ -81,8 +82,8 @@ def _write_entry(folder: Path, key: Mapping[str, Any], arrays: Mapping[str, NDAr
     write_json(folder / _INDEX, {"key": dict(key), "arrays": index})
 
 
-def _read_entry(folder: Path) -> Arrays:
-    """Raises one of many errors where a file is missing, cut short or not of the shape that was stored."""
+def read_arrays(folder: Path) -> Arrays:
+    """The arrays, memory-mapped. Raises one of many errors where a file is missing, cut short or of another shape."""
     arrays: Arrays = {}
     for name, stored in read_json(folder / _INDEX)["arrays"].items():
         path = folder / f"{name}.npy"

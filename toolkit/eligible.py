@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xpert.array_cache import Arrays
+from xpert.protocols import RowPass
+
 if TYPE_CHECKING:
     from xpert.clustering import Clusters
     from xpert.features import Features
@@ -42,6 +45,9 @@ class EligibleFeatures:
         """The whole pool's clusters with the labels of the rows that are left; a cluster may be empty."""
         whole = self._features.clusters()
         return dataclasses.replace(whole, labels=whole.labels[self.keep])
+
+    def compute(self, row_pass: RowPass, rows: NDArray[np.int64]) -> Arrays:
+        return self._features.compute(row_pass, self.keep[rows])
 
     def __getattr__(self, name: str) -> Any:
         """Everything that is not per row (shot embeddings, options, timings) is the whole pool's."""

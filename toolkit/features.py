@@ -12,22 +12,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xpert import plugins
 from xpert.array_cache import ArrayCache, Arrays
 from xpert.clustering import Clusters, cluster, cluster_count, telling_terms
 from xpert.config import Config, option
 from xpert.embedding import FittedEmbedder, open_embedder
 from xpert.errors import BadInput
-from xpert.progress import SILENT, Progress
-from xpert.protocols import Embedder, Floats
+from xpert.progress import SILENT, Progress, Task
+from xpert.protocols import Embedder, Executor, Floats, RowPass
 from xpert.records import Row, Shots
-from xpert.storage import cache_folder
+from xpert.row_store import RowStore
+from xpert.storage import cache_folder, hash_json
 
 if TYPE_CHECKING:
     from xpert.data import Pool
@@ -42,6 +44,7 @@ FIELDS: dict[str, Callable[[str, str], str]] = {
 """What of a row is embedded: (prompt, response) -> text."""
 
 _TOKENS_PER_WORD = 1.3
+_TOLD_ROWS = 100
 _USER_CACHE: Any = object()
 
 
@@ -53,15 +56,22 @@ class FeatureOptions(Config):
     embed_field: str = option("prompt", "what of a row is embedded", choices=tuple(FIELDS))
     clusters: str = option("auto", "how many clusters: a number, or auto: the square root of half the rows")
     base: str | None = option(
-        None, "base model: its tokenizer counts lengths, its states embed with lm (folder, hub name or .gguf)"
+        None,
+        "base model: its tokenizer counts lengths, its losses and gradients score rows, its states embed with lm "
+        "(folder, hub name or .gguf)",
+    )
+    max_length: int = option(
+        1024, "longest row in tokens that the base model reads for a score: longer ones are cut at their end", minimum=8
     )
 
 
 class Features:
     """The features of a pool, and of the shots beside it.
 
-    `cache` is the folder where they are kept: the user's cache unless given, None for memory alone. `timings` and
-    `spent` hold the wall and CPU seconds of each feature computed or read so far. Not for use from several threads.
+    `cache` is the folder where they are kept: the user's cache unless given, None for memory alone. `executor` (with
+    `workers`) runs what a model computes row by row; it never changes the results. `timings` and `spent` hold the wall
+    and CPU seconds of each feature computed or read so far, those of this process alone. Not for use from several
+    threads.
     """
 
     def __init__(
@@ -74,6 +84,8 @@ class Features:
         seed: int = 0,
         progress: Progress = SILENT,
         cache: Path | None = _USER_CACHE,
+        executor: str = "local",
+        workers: int | None = None,
     ) -> None:
         self.pool = pool
         self.options = options or FeatureOptions()
@@ -84,6 +96,8 @@ class Features:
         folder = cache_folder() / "features" if cache is _USER_CACHE else cache
         self._cache = ArrayCache(folder, progress)
         self._ready = False
+        self._executor: Executor = plugins.load("executor", executor)(workers=workers, device=device, progress=progress)
+        self._stores: dict[str, RowStore] = {}
         self.timings: dict[str, float] = {}
         self.spent: dict[str, float] = {}
 
@@ -229,12 +243,70 @@ class Features:
         encoded = "\n".join("\t".join(line) for line in terms).encode()
         return {"labels": labels, "centroids": centroids, "terms": np.frombuffer(encoded, np.uint8)}
 
+    # ── what a model computes row by row ─────────────────────────────────────────────────────────────────────────
+
+    def base(self) -> str:
+        """The base model's name. Raises BadInput where none is given."""
+        if self.options.base is None:
+            raise BadInput("the method reads rows with a base model", hint="give it with --base MODEL")
+        return self.options.base
+
+    def compute(self, row_pass: RowPass, rows: NDArray[np.int64]) -> Arrays:
+        """The arrays of a pass for pool rows [m], in their order; only those not computed before cost anything.
+
+        Finished shards are kept as they come: the same call goes on where it was stopped. Raises ValueError without
+        rows.
+        """
+        store = self._store(row_pass)
+        missing = store.missing(rows)
+        if len(missing):
+            size = row_pass.shard_rows
+            parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+            shards = [partial(self.pool.rows, part.tolist()) for part in parts]
+            with self._timed(row_pass.name), self._task(row_pass.name, len(missing)) as task:
+                for index, arrays in self._executor.run(row_pass, shards):
+                    store.add(parts[index], arrays)
+                    task.advance(len(parts[index]))
+        return store.read(rows)
+
+    def compute_shots(self, row_pass: RowPass) -> Arrays:
+        """The arrays of a pass for the shots [K]. Raises BadInput without shots."""
+        shots = self.shots
+        if shots is None or not len(shots):
+            raise BadInput("there are no shots to compare with", hint="give them with --shots FILE")
+        key = {"pass": row_pass.name, **row_pass.key, "shots": shots.fingerprint}
+
+        def run() -> Arrays:
+            [(_, arrays)] = self._executor.run(row_pass, [lambda: tuple(shots)])
+            return arrays
+
+        with self._timed(f"{row_pass.name} of shots"):
+            return self._cache.get_or_make("shot-pass", key, run)
+
+    def computed(self, row_pass: RowPass) -> int:
+        """How many of the pool's rows the pass is there for."""
+        return len(self._store(row_pass))
+
+    def _store(self, row_pass: RowPass) -> RowStore:
+        key = hash_json({"pass": row_pass.name, "pool": self.pool.fingerprint, **row_pass.key})[:32]
+        if key not in self._stores:
+            folder = self._cache.folder / f"{row_pass.name}-{key}" if self._cache.folder else None
+            self._stores[key] = RowStore(folder, len(self.pool), self.progress)
+        return self._stores[key]
+
+    @contextmanager
+    def _task(self, name: str, total: int) -> Iterator[Task]:
+        """Progress of a pass; a bandit's many small calls say nothing."""
+        progress = self.progress if total >= _TOLD_ROWS else SILENT
+        with progress.task(f"{name}, rows", total) as task:
+            yield task
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         wall, processor = time.perf_counter(), time.process_time()
         yield
-        self.timings[name] = time.perf_counter() - wall
-        self.spent[name] = time.process_time() - processor
+        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - wall
+        self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - processor
 
     def describe(self) -> Mapping[str, Any]:
         """What a manifest says of the features: options, the embedder's identity and the seed."""

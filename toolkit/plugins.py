@@ -20,10 +20,14 @@ __all__ = ["KINDS", "Kind", "load", "names"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A seam: the package whose files are its members, and the entry-point group for those of others."""
+    """A seam: the package whose files are its members, and the entry-point group for those of others.
+
+    Where `also` is (kind, module, function), that kind's members are members here too, made so by the function.
+    """
 
     name: str
     package: str
+    also: tuple[str, str, str] | None = None
 
     @property
     def group(self) -> str:
@@ -33,8 +37,10 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("selector", "xpert.selectors"),
+        Kind("selector", "xpert.selectors", also=("scorer", "xpert.selectors._ranked", "ranked")),
+        Kind("scorer", "xpert.selectors.scorers"),
         Kind("embedder", "xpert.embedders"),
+        Kind("executor", "xpert.executors"),
         Kind("router", "xpert.experts.routers"),
         Kind("engine", "xpert.experts.engines"),
     )
@@ -47,7 +53,8 @@ _NAME_OF = {file: name for name, file in _FILE_OF.items()}
 
 def names(kind: str) -> list[str]:
     """The plug-in names of a seam, sorted; loads none of them."""
-    return sorted(_modules(kind))
+    also = KINDS[kind].also
+    return sorted({*_modules(kind), *(_modules(also[0]) if also else ())})
 
 
 def load(kind: str, name: str) -> Any:
@@ -55,7 +62,10 @@ def load(kind: str, name: str) -> Any:
     modules = _modules(kind)
     public = _NAME_OF.get(name, name).replace("_", "-")
     if public not in modules:
-        raise unknown("method" if kind == "selector" else kind, name, modules)
+        also = KINDS[kind].also
+        if also is not None and public in _modules(also[0]):
+            return getattr(importlib.import_module(also[1]), also[2])(load(also[0], name))
+        raise unknown("method" if kind == "selector" else kind, name, names(kind))
     source = modules[public]
     if isinstance(source, importlib.metadata.EntryPoint):
         return source.load()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xpert.config import Config
 from xpert.progress import SILENT, Progress
-from xpert.records import Budget, Message, Shots
+from xpert.records import Budget, Message, Row, Shots
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -26,12 +26,16 @@ __all__ = [
     "EmbedderContext",
     "Engine",
     "EngineRequest",
+    "Executor",
     "Piece",
     "RoutableExpert",
     "Route",
     "RouteRequest",
     "Router",
+    "RowPass",
+    "RowWorker",
     "Sampling",
+    "Scorer",
     "Selection",
     "Selector",
     "WeightedExperts",
@@ -90,7 +94,7 @@ class Selector(Protocol):
     """Pool features + shots + budget -> ordered rows with scores and reasons.
 
     Class attributes describe the method to `xpert methods`; `Options` are its parameters. `needs` names the features
-    it reads, of {"shots", "embeddings", "clusters", "lengths"}; a token budget always needs lengths.
+    it reads, of {"shots", "embeddings", "clusters", "lengths", "base", "judge"}; a token budget always needs lengths.
     """
 
     Options: ClassVar[type[Config]]
@@ -103,6 +107,73 @@ class Selector(Protocol):
     def select(
         self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator
     ) -> Selection: ...
+
+
+# ── scorers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Scorer(Protocol):
+    """A number per row, higher is better: what selectors rank by, draw by, or take as a bandit's reward.
+
+    Lazy: `score` costs only the rows it is asked for. Every scorer is a method of `xpert select` as well, which takes
+    the best rows. Class attributes as of a Selector.
+    """
+
+    Options: ClassVar[type[Config]]
+    needs: ClassVar[frozenset[str]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
+        """Once, before `score`: targets, warm-up training, counts."""
+
+    def score(self, rows: NDArray[np.int64]) -> Floats:
+        """float32 [m] for pool rows [m]; NaN where a row cannot be scored by rule, which `explain` states.
+
+        Raises BadInput, naming the row, where a model gives something that is no number.
+        """
+
+    def explain(self, row: int) -> str:
+        """A few words on the score of a row that was scored before."""
+
+
+# ── passes of a model over rows ──────────────────────────────────────────────────────────────────────────────────
+
+RowWorker = Callable[[Sequence[Row]], dict[str, NDArray[Any]]]
+"""Rows -> named arrays with one entry per row."""
+
+
+class RowPass(Protocol):
+    """What a model computes row by row (embeddings, losses, gradients), described so that it can be sent elsewhere.
+
+    Picklable and small; `key` is plain JSON that determines the results, `shard_rows` how many rows are computed and
+    kept at once.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shard_rows(self) -> int: ...
+
+    @property
+    def key(self) -> Mapping[str, Any]: ...
+
+    def open(self, device: str) -> RowWorker:
+        """Loads what is needed, where the work is done. A worker's results do not depend on what it did before."""
+
+
+class Executor(Protocol):
+    """Runs a pass over shards of rows: in process, or elsewhere."""
+
+    def __init__(self, *, workers: int | None = None, device: str = "auto", progress: Progress = SILENT) -> None: ...
+
+    def run(
+        self, row_pass: RowPass, shards: Sequence[Callable[[], Sequence[Row]]]
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """(index of the shard, its arrays) as they are finished, in any order, each once."""
 
 
 # ── routers ──────────────────────────────────────────────────────────────────────────────────────────────────────

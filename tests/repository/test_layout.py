@@ -76,10 +76,38 @@ def test_heavy_packages_are_imported_inside_functions(folder: str) -> None:
     wrong = []
     for path in modules(folder):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {name.split(".")[0] for node in top for name in imported(node)}
-        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in names & set(HEAVY)]
+        names = {name.split(".")[0] for name in imported_at_the_top(tree)}
+        allowed = {"torch"} if computes(path) else set()
+        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in (names & set(HEAVY)) - allowed]
     assert not wrong
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_modules_that_compute_are_imported_inside_functions(folder: str) -> None:
+    """toolkit's modules of tensor code import torch at their top, so nothing light may import them at its own."""
+    computing = {
+        f"xpert.{path.relative_to(ROOT / 'toolkit').with_suffix('')}" for path in modules("toolkit") if computes(path)
+    }
+    computing = {name.replace("/", ".") for name in computing}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(folder)
+        if not computes(path)
+        for name in imported_at_the_top(ast.parse(path.read_text(encoding="utf-8")))
+        if name in computing
+    ]
+    assert not wrong
+
+
+def imported_at_the_top(tree: ast.Module) -> set[str]:
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name for node in top for name in imported(node)}
+
+
+def computes(path: Path) -> bool:
+    """Whether a module imports torch at its top: tensor code, as all of `experts` may."""
+    names = imported_at_the_top(ast.parse(path.read_text(encoding="utf-8")))
+    return any(name.split(".")[0] == "torch" for name in names) and path.is_relative_to(ROOT / "toolkit")
 
 
 def test_no_command_loads_anything_heavy_before_it_runs() -> None:

@@ -1,0 +1,80 @@
+"""The contract suite of selectors that read rows with a model: a tiny real one, whatever it is worth as a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xpert import plugins
+from xpert.data import pool_from_rows
+from xpert.errors import BadInput
+from xpert.features import FeatureOptions, Features
+from xpert.protocols import Selection
+from xpert.records import Budget, Row, Shots
+from xpert.selection import choose
+
+# Small settings under which each method does all it does.
+SETTINGS: dict[str, dict[str, Any]] = {}
+MODEL_READERS = [
+    name
+    for name in plugins.names("selector")
+    if "base" in plugins.load("selector", name).needs and "judge" not in plugins.load("selector", name).needs
+]
+every_reader = pytest.mark.parametrize("name", MODEL_READERS)
+
+
+@pytest.fixture
+def run(rows: list[Row], tiny_base: Path) -> Callable[..., Selection]:
+    shots = Shots(tuple(rows[190:196]))
+
+    def run(name: str, budget: str, *, order: Sequence[int] = range(40), base: bool = True, **more: Any) -> Selection:
+        options = FeatureOptions(base=str(tiny_base) if base else None, clusters="4", max_length=128)
+        pool = pool_from_rows([rows[index] for index in order])
+        features = Features(pool, options, shots=shots, cache=None, device="cpu")
+        plugin = plugins.load("selector", name)
+        selector = plugin(plugin.Options(**SETTINGS.get(name, {})))
+        return choose(selector, features, shots, Budget.parse(budget), seed=1, **more)
+
+    return run
+
+
+@every_reader
+def test_budgets_seeds_and_excluded_rows(name: str, run: Callable[..., Selection]) -> None:
+    found = run(name, "12", excluded=[0, 7, 9])
+    assert len(set(found.rows.tolist())) == 12
+    assert not set(found.rows.tolist()) & {0, 7, 9}
+    assert all(found.reasons)
+    assert np.isfinite(found.scores).all()
+    again = run(name, "12", excluded=[0, 7, 9])
+    assert again.rows.tolist() == found.rows.tolist()
+    assert again.scores.tobytes() == found.scores.tobytes()
+    assert list(again.log) == list(found.log)
+    assert len(run(name, "40").rows) == 40
+
+
+@every_reader
+def test_token_budgets(name: str, run: Callable[..., Selection], rows: list[Row], tiny_base: Path) -> None:
+    lengths = Features(pool_from_rows(rows[:40]), FeatureOptions(base=str(tiny_base)), cache=None).lengths()
+    limit = int(lengths.sum()) // 3
+    taken = run(name, f"{limit}tok").rows
+    left = limit - int(lengths[taken].sum())
+    assert left >= 0
+    assert not any(lengths[row] <= left for row in range(40) if row not in set(taken.tolist()))
+
+
+@every_reader
+def test_without_a_base_it_is_said(name: str, run: Callable[..., Selection]) -> None:
+    with pytest.raises(BadInput, match="--base MODEL"):
+        run(name, "5", base=False)
+
+
+@every_reader
+def test_what_a_method_says_of_itself(name: str) -> None:
+    plugin = plugins.load("selector", name)
+    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", "base", "judge"}
+    assert plugin.cost
+    assert plugin.source
