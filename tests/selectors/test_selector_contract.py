@@ -31,11 +31,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("kmq", {"quality": "length"}),
     ("kshot", {"order": "nearest"}),
     ("kshot", {"order": "mean", "tau": 0.3, "reach": 100.0}),
+    ("quad", {"reward": "similarity"}),
+    ("quad", {"reward": "similarity", "policy": "thompson", "claim": 5}),
+    ("clusterucb", {"reward": "similarity"}),
+    ("clusterucb", {"reward": "length", "policy": "thresh-hard", "evaluate": "50%"}),
 ]
 every_selector = pytest.mark.parametrize(
     ("name", "params"), VARIANTS, ids=[" ".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in VARIANTS]
 )
-DRAWN = {"random", "kmq"}  # the draw follows a row's place, not its content
+DRAWN = {"random", "kmq", "quad", "clusterucb"}  # the draw follows a row's place, not its content
 TIED = {"length"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -191,7 +195,8 @@ def test_a_budget_that_does_not_fit_is_refused(name: str, params: dict[str, Any]
 @every_selector
 def test_what_a_method_needs_is_said(name: str, params: dict[str, Any]) -> None:
     plugin = plugins.load("selector", name)
-    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths"}
+    # With a scorer as a parameter, a method that reads rows with a model by default may do without.
+    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", *({"base"} if params else set())}
     assert plugin.cost
     assert plugin.source
     asked: set[str] = set()
