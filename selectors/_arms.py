@@ -127,10 +127,10 @@ class Arms:
         if normal:
             mean = self._origin + np.divide(self._row_sum, self._rows, out=np.zeros(self.many), where=self._rows > 0)
             gap = np.divide(bar - mean, self.spreads(), out=np.zeros(self.many), where=self.spreads() > 0)
-            tail = np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in gap.tolist()])
-            return np.where(self._rows > 0, tail, share)
+            tail: Reals = np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in gap.tolist()])
+            return np.asarray(np.where(self._rows > 0, tail, share), np.float64)
         best = np.bincount(self.labels[known], weights=self.scores[known] >= bar, minlength=self.many)
-        return np.divide(best, self._rows, out=np.full(self.many, share), where=self._rows > 0)
+        return np.asarray(np.divide(best, self._rows, out=np.full(self.many, share), where=self._rows > 0))
 
     # ── pulling ──────────────────────────────────────────────────────────────────────────────────────────────────
 

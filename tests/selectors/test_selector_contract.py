@@ -31,6 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("kmq", {"quality": "length"}),
     ("kshot", {"order": "nearest"}),
     ("kshot", {"order": "mean", "tau": 0.3, "reach": 100.0}),
+    ("adapt", {"scorers": ("length", "complexity"), "cluster_by": "embeddings", "keep": "80%"}),
     ("quad", {"reward": "similarity"}),
     ("quad", {"reward": "similarity", "policy": "thompson", "claim": 5}),
     ("clusterucb", {"reward": "similarity"}),
@@ -39,7 +40,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
 every_selector = pytest.mark.parametrize(
     ("name", "params"), VARIANTS, ids=[" ".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in VARIANTS]
 )
-DRAWN = {"random", "kmq", "quad", "clusterucb"}  # the draw follows a row's place, not its content
+DRAWN = {"random", "kmq", "adapt", "quad", "clusterucb"}  # the draw follows a row's place, not its content
 TIED = {"length", "complexity"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
