@@ -26,7 +26,7 @@ __all__ = ["PLUGIN"]
 class ClusterUCBOptions(BanditOptions):
     policy: str = policy_option("mean-std")
     cold_start: float = option(
-        0.05, "share of each cluster that is scored first, at least one row", minimum=0, maximum=1
+        0.01, "share of each cluster that is scored first, at least one row", minimum=0, maximum=1
     )
 
 
