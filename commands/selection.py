@@ -23,6 +23,10 @@ __all__ = ["command"]
     "-p", "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the method; may be repeated."
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "--executor", default="local", show_default=True, metavar="NAME", help="What runs models over the rows: local, ray."
+)
+@click.option("--workers", type=int, metavar="N", help="Workers of the executor ray.  [default: one per GPU, or CPU]")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write report.html.")
 @click.option("--explain", is_flag=True, help="Print why each row was chosen, and the method's log.")
 @config_options(FeatureOptions)
@@ -36,6 +40,8 @@ def command(
     budget: str,
     params: tuple[str, ...],
     out: Path,
+    executor: str,
+    workers: int | None,
     report: bool,
     explain: bool,
     **options: Any,
@@ -59,6 +65,8 @@ def command(
         pool_options=pool_options,
         seed=session.seed,
         device=session.device,
+        executor=executor,
+        workers=workers,
         report=report,
         progress=session.progress,
     )

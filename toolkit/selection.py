@@ -53,6 +53,8 @@ def select(
     pool_options: PoolOptions | None = None,
     seed: int = 0,
     device: str = "auto",
+    executor: str = "local",
+    workers: int | None = None,
     report: bool = True,
     progress: Progress = SILENT,
 ) -> SelectionFolder:
@@ -94,7 +96,16 @@ def select(
         return _reuse(out, run, progress)
 
     excluded, why = overlapping_rows(pool, given) if given else (np.empty(0, dtype=np.int64), [])
-    whole = Features(pool, feature_options, shots=given, device=device, seed=seed, progress=progress)
+    whole = Features(
+        pool,
+        feature_options,
+        shots=given,
+        device=device,
+        seed=seed,
+        progress=progress,
+        executor=executor,
+        workers=workers,
+    )
     started = time.perf_counter()
     selection = choose(selector, whole, given, parsed, seed=seed, excluded=excluded)
     # What the method asked of the features is counted there.
