@@ -13,7 +13,7 @@ without a share takes what is left of the budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "read_pipeline"]
 
 Ints = NDArray[np.int64]
+Scale = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 class Pipeline:
@@ -120,7 +121,8 @@ class _Run:
         total = np.zeros(len(rows))
         for name, weight in step.of.items():
             values = self._values(name, step.params.get(name, {}), rows)
-            total += weight * _SCALES[step.scale](values.astype(np.float64))
+            scale: Scale = _SCALES[step.scale]
+            total += weight * scale(values.astype(np.float64))
         kept = np.full(len(self.open), np.nan, np.float32)
         kept[rows] = total
         self.named[step.name] = kept
@@ -251,7 +253,7 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-_SCALES = {"z": _standardised, "rank": _ranks, "none": lambda values: values}
+_SCALES: dict[str, Scale] = {"z": _standardised, "rank": _ranks, "none": lambda values: values}
 
 
 def read_pipeline(path: Path | str) -> Pipeline:
