@@ -113,10 +113,7 @@ class Features:
 
     def embed(self, rows: Iterable[Row]) -> Floats:
         """float32 [m, d] of any rows, by the embedder as fitted on the pool; not cached."""
-        return self.embed_texts([self._text(row.prompt, row.response) for row in rows])
-
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        """float32 [m, d] of any texts, as `embed`."""
+        texts = [self._text(row.prompt, row.response) for row in rows]
         return _checked(self._fitted().embed(texts, self.progress), len(texts))
 
     @cached_property

@@ -62,14 +62,16 @@ class NeuralUcb:
         # The released code divides by 1e-30 where a column is constant, which blows up any candidate that differs.
         self.spread = torch.where(spread < _FLAT, torch.ones_like(spread), spread)
         scaled = self._scaled(inputs)
-        optimiser = torch.optim.Adam(self.net.parameters(), lr=self.rate, weight_decay=self.regulariser / len(inputs))
+        optimiser = torch.optim.Adam(
+            self.net.parameters(), lr=self.rate, weight_decay=self.regulariser / len(inputs), fused=True
+        )
         loss = torch.zeros(())
         for _ in range(self.steps):
             optimiser.zero_grad()
             loss = (self.net(scaled)[:, 0] - rewards).square().mean()
             loss.backward()
             optimiser.step()
-        return float(loss)
+        return float(loss.detach())
 
     def guess(self, inputs: Tensor) -> Guesses:
         """Means, bonuses and gradients of inputs [m, d]."""

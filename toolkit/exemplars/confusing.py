@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.config import Config, option
+from xpert.embedding import open_embedder
 from xpert.errors import BadInput
 from xpert.overlap import same_text_key
-from xpert.protocols import Exemplars, ExemplarTask, Floats
+from xpert.protocols import Embedder, Exemplars, ExemplarTask, Floats
 
 __all__ = ["PLUGIN", "conditions_and_question"]
 
@@ -42,12 +43,12 @@ class Confusing:
 
     by=relevance is the rule of I3C-Select. A prompt's last sentence is its question q, the others are its conditions
     c_1..c_n, and a condition with several quantities is cut at its commas; confusion is the inverse of the mean cosine
-    of the c_i with q, by the embedder of the features. We rank by that mean itself, least first, which is the same
-    order where it is positive and a sound one where it is not. The released code holds no scoring, but its eight
-    demonstrations carry scores of 0.027 to 0.091 in rising order, with several conditions each: the least similar
-    first, and a mean rather than a sum, which would favour prompts of one condition. Theirs are SimCSE's cosines; ours
-    any embedder's. Sentences that several shots share are the task's wording and no conditions. A prompt without
-    conditions comes last; it is refused that none has any.
+    of the c_i with q, by the embedder, which is fitted on these sentences. We rank by that mean itself, least first:
+    the same order where it is positive, and a sound one where it is not. The released code holds no scoring, but its
+    eight demonstrations carry scores of 0.027 to 0.091 in rising order, with several conditions each: the least
+    similar first, and a mean rather than a sum, which would favour prompts of one condition. Theirs are SimCSE's
+    cosines. Ours besides: sentences that several shots share are the task's wording and no conditions. A prompt
+    without conditions comes last; where none has any, that is an error.
 
     by=loss and by=entropy are ours: the shots whose right answers the base model finds least likely, or predicts with
     least certainty, one pass a shot. Score of the list: mean confusion (minus the mean cosine; the loss or entropy in
@@ -73,7 +74,12 @@ class Confusing:
     def _relevance(self, task: ExemplarTask) -> tuple[NDArray[np.float64], list[str]]:
         parts = _without_shared([conditions_and_question(shot.prompt) for shot in task.shots])
         sentences = [sentence for conditions, question in parts for sentence in (*conditions, question)]
-        vectors = task.features.embed_texts(sentences)
+        options = task.features.options
+        embedder: Embedder = open_embedder(
+            options.embedder, base=options.base, device=task.features.device, seed=task.features.seed
+        )
+        embedder.fit(sentences)  # an embedder of whole prompts would find all sentences of a task alike
+        vectors = embedder.embed(sentences, task.features.progress)
         values = np.full(len(parts), np.nan)
         reasons = []
         start = 0
@@ -88,7 +94,7 @@ class Confusing:
             start = end + 1
         if np.isnan(values).all():
             raise BadInput(
-                "no shot's prompt has a sentence of its own before its question, so none has conditions that could confuse",
+                "no shot has a sentence of its own before its question, so none has conditions that could confuse",
                 hint="use --param by=loss with --base MODEL",
             )
         return values, reasons
