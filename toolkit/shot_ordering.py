@@ -167,7 +167,7 @@ def _check_count(count: int, shots: Shots) -> None:
     if count < 1:
         raise BadInput(f"--count is {count}; the least is 1")
     if count > len(shots):
-        raise BadInput(f"{count:,} exemplars are asked for, but there are {len(shots):,} shots", hint="lower --count")
+        raise BadInput(f"{count:,} exemplars are asked for, but the shots are {len(shots):,}", hint="lower --count")
 
 
 def _scores(features: Features, shots: Shots, queries: Sequence[Row], count: int) -> ExemplarScores:
