@@ -55,8 +55,8 @@ class Ease:
     Options: ClassVar[type[Config]] = EaseOptions
     needs: ClassVar[frozenset[str]] = frozenset({"base", "queries", "score"})
     cost: ClassVar[str] = (
-        "rounds passes of the base over count exemplars and all queries; a later round also embeds `kept` texts and "
-        "trains a small network, about a second"
+        "rounds passes of the base over count exemplars and all queries; a later round also embeds `kept` texts, which "
+        "with embedder=lm costs as much again, and trains a small network, about a second"
     )
     source: ClassVar[str] = "Wu et al. 2024, Prompt Optimization with EASE?, arXiv:2405.16122"
 
