@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["write_comparison_report"]
 
-_SKILLS = 12
+_SKILLS = 8
 _COLUMNS = {
     "rows": "rows",
     "tokens": "tokens",
-    "shot_similarity": "cosine to the nearest shot",
-    "alike": "cosine among themselves",
-    "coverage": "coverage of the pool",
-    "clusters": "clusters met",
-    "rows_scored": "rows scored",
-    "select_seconds": "seconds selecting",
-    "cpu_seconds": "CPU s with features",
+    "shot_similarity": "to shots",
+    "alike": "alike",
+    "coverage": "coverage",
+    "clusters": "clusters",
+    "rows_scored": "scored",
+    "select_seconds": "method, s",
+    "cpu_seconds": "all, CPU s",
 }
 
 
