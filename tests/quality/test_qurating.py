@@ -232,15 +232,15 @@ def test_a_judge_that_knows_what_is_good(endpoint: Callable[..., Any], rows: lis
 
     server = endpoint(capitals)
     features = Features(pool_from_rows(rows[:60]), FeatureOptions(), cache=None, device="cpu")
-    params = {"judge": server.spec, "judged": 150, "criterion": "style"}
+    params = {"judge": server.spec, "judged": 100, "criterion": "style"}
     found = run(features, "12", kind="ranked", **params)
     assert [rows[row].skill for row in found.rows] == ["casing"] * 12
     judge = next(step for step in found.log if step["step"] == "judge")
     # Where neither or both qualify, the scripted judge follows the place or says nothing.
-    assert judge["questions"] == 300
+    assert judge["questions"] == 200
     assert judge["unreadable"] > 0
     asked = len(server.asked)
-    assert asked == 300
+    assert asked == 200
     again = run(features, "12", kind="ranked", **params)
     assert len(server.asked) == asked  # kept
     assert list(again.log) == list(found.log)
