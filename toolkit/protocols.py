@@ -120,7 +120,8 @@ class Scorer(Protocol):
     """A number per row, higher is better: what selectors rank by, draw by, or take as a bandit's reward.
 
     Lazy: `score` costs only the rows it is asked for. Every scorer is a method of `xpert select` as well, which takes
-    the best rows. Class attributes as of a Selector.
+    the best rows. Class attributes as of a Selector. A scorer may also have `log() -> Sequence[Mapping[str, Any]]`,
+    read after scoring: what it learned or counted, for `--explain`.
     """
 
     Options: ClassVar[type[Config]]

@@ -18,8 +18,13 @@ from xpert.protocols import Selection
 from xpert.records import Budget, Message, Row, Shots
 from xpert.selection import choose
 
-# Those that read rows with a model have a suite of their own (test_model_selectors.py).
-PLAIN = [n for n in plugins.names("selector") if not plugins.load("selector", n).needs & {"base", "judge"}]
+# Those that read rows with a model have a suite of their own (test_model_selectors.py), those that learn from judgements
+# theirs (test_qurating.py).
+PLAIN = [
+    name
+    for name in plugins.names("selector")
+    if not plugins.load("selector", name).needs & {"base", "judge"} and name != "qurating"
+]
 # Settings beside the defaults that are methods of their own.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("facility", {"mode": "exact"}),
@@ -47,6 +52,8 @@ every_selector = pytest.mark.parametrize(
 )
 DRAWN = {"random", "kmq", "dsir", "ideal"}  # the draw follows a row's place, not its content
 TIED = {"length"}  # many rows score alike, and the lowest index goes first
+DRAWN = {"random", "kmq"}  # the draw follows a row's place, not its content
+TIED = {"length", "complexity"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
