@@ -46,6 +46,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("semdedup", {"keep": "random"}),
     ("votek", {"neighbours": 20}),
     ("votek", {"stage": "full", "uncertainty": "length"}),
+    ("adapt", {"scorers": ("length", "complexity"), "cluster_by": "embeddings", "keep": "80%"}),
+    ("quad", {"reward": "similarity"}),
+    ("quad", {"reward": "similarity", "policy": "thompson", "claim": 5}),
+    ("clusterucb", {"reward": "similarity"}),
+    ("clusterucb", {"reward": "length", "policy": "thresh-hard", "evaluate": "50%"}),
 ]
 every_selector = pytest.mark.parametrize(
     ("name", "params"), VARIANTS, ids=[" ".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in VARIANTS]
@@ -53,6 +58,7 @@ every_selector = pytest.mark.parametrize(
 DRAWN = {"random", "kmq", "dsir", "ideal"}  # the draw follows a row's place, not its content
 TIED = {"length"}  # many rows score alike, and the lowest index goes first
 DRAWN = {"random", "kmq"}  # the draw follows a row's place, not its content
+DRAWN = {"random", "kmq", "adapt", "quad", "clusterucb"}  # the draw follows a row's place, not its content
 TIED = {"length", "complexity"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -212,7 +218,8 @@ def test_a_budget_that_does_not_fit_is_refused(name: str, params: dict[str, Any]
 @every_selector
 def test_what_a_method_needs_is_said(name: str, params: dict[str, Any]) -> None:
     plugin = plugins.load("selector", name)
-    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths"}
+    # With a scorer as a parameter, a method that reads rows with a model by default may do without.
+    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", *({"base"} if params else set())}
     assert plugin.cost
     assert plugin.source
     asked: set[str] = set()
