@@ -94,6 +94,11 @@ class Features:
         self.timings: dict[str, float] = {}
         self.spent: dict[str, float] = {}
 
+    @property
+    def folder(self) -> Path | None:
+        """Where what is computed is kept; None where it stays in memory."""
+        return self._cache.folder
+
     # ── embeddings ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def embeddings(self) -> Floats:
