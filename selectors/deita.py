@@ -16,7 +16,7 @@ from xpert.protocols import Floats, Scorer, Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._ranked import NOT_SCORED, best_first
 from xpert.selectors._repeats import RepeatWalk
-from xpert.selectors._scoring import check_scorer, prepared_scorer
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -39,6 +39,14 @@ class DeitaOptions(Config):
         super().__post_init__()
         check_scorer(self.complexity, self.complexity_params)
         check_scorer(self.quality, self.quality_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorers' own settings, which may hold the content of a file."""
+        named = {
+            "complexity_options": scorer_settings(self.complexity, self.complexity_params),
+            "quality_options": scorer_settings(self.quality, self.quality_params),
+        }
+        return {**super().to_dict(), **named}
 
 
 class Deita:

@@ -15,6 +15,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Floats
 from xpert.rated_turns import MOST_TURNS, QUESTIONS, RatedTurns
 from xpert.records import Shots
+from xpert.storage import hash_file
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -32,6 +33,12 @@ class TurnRatingOptions(Config):
         "a file with the words to ask instead, given as they stand, without a chat form: for a scorer that was trained "
         "on words of its own; {prompt} and {response} stand for the texts",
     )
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the content of the file, so that a manifest tells one file of a name from another."""
+        named = Path(self.question) if self.question else None
+        content = {"question_content": hash_file(named)} if named is not None and named.is_file() else {}
+        return {**super().to_dict(), **content}
 
 
 class TurnRatings:
