@@ -18,7 +18,7 @@ from xpert.records import Budget, Row, Shots
 from xpert.selection import choose
 
 # Small settings under which each method does all it does.
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {"less": {"epochs": 2, "rank": 4, "batch_size": 8, "sketch_dim": 256}}
 MODEL_READERS = [
     name
     for name in plugins.names("selector")
