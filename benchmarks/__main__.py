@@ -47,6 +47,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
     return {
         "whole_pool": rows,
         "selection_share": [*rows, *anchors, "--budget", "200"],
+        "bandits": [*rows, *anchors, "--rows", "4000", "--skills", "1", "--seeds", "1"],
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
         "engine": ["--repeats", "2"],

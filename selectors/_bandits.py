@@ -147,4 +147,5 @@ def conclude(arms: Arms, scorer: Scorer, meter: BudgetMeter, order: Sequence[int
             reasons.append(f"not scored; cluster {arm} is worth {values[arm]:.4g} by {int(arms.drawn[arm])} rows")
     end = arms.summary()
     end[-1]["chosen unscored"] = int((~arms.scored[chosen]).sum())
-    return Selection(chosen, scores.astype(np.float32), reasons, [*arms.log, *end], arms.scores)
+    told: Callable[[], Sequence[Mapping[str, Any]]] = getattr(scorer, "log", tuple)
+    return Selection(chosen, scores.astype(np.float32), reasons, [*told(), *arms.log, *end], arms.scores)

@@ -37,8 +37,9 @@ class ClusterUCB:
     cluster of greatest index is pulled and `batch` more of its rows are scored. Where `evaluate` is less than one row
     a cluster, clusters drawn at random get one. Score: the row's own. Where the budget asks for more rows than were
     scored, rows follow that were not, those of the cluster of greatest mean reward first, at random inside it; rows
-    that the scorer cannot score come last. Unlike the published method it clusters embeddings: clusters of gradients
-    would need the gradients of all rows, which the bandit is there to save.
+    that the scorer cannot score come last. Needs shots where the reward does, as `less` does. Unlike the published
+    method it clusters embeddings: clusters of gradients would need the gradients of all rows, which the bandit is there
+    to save.
     """
 
     Options: ClassVar[type[Config]] = ClusterUCBOptions

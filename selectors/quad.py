@@ -62,7 +62,8 @@ class Quad:
     when `evaluate` rows are scored, or claims fill the budget. Then, in this order: scored rows above tau by their
     score; rows not scored of clusters worth more than tau, by the cluster's worth, at random inside it; scored rows
     that are not above tau; the rows of all other clusters; rows that the scorer cannot score. Unlike the released code,
-    alpha and tau follow the scale of the rewards, no row is scored twice, and the budget is hit exactly.
+    which takes as many rows of each cluster as it claimed, this ranks rows; alpha and tau follow the scale of the
+    rewards. Needs shots where the reward does, as `less` does.
     """
 
     Options: ClassVar[type[Config]] = QuadOptions

@@ -43,6 +43,9 @@ class Planted:
     def explain(self, row: int) -> str:
         return f"worth {self.rewards[row]:.2f}"
 
+    def log(self) -> list[dict[str, Any]]:
+        return [{"step": "planted", "calls": self.calls}]
+
 
 class Given:
     """Features that are given: clusters, lengths and a pool of as many rows."""
@@ -124,6 +127,7 @@ def test_rows_are_scored_once_and_no_others(name: str, policy: str, run: Callabl
     assert sum(entry["rows"] for entry in pulls) == 75
     assert len(pulls) == last["pulls"]
     assert {"round", "arm", "pulls", "mean reward", "index", "rows"} <= set(pulls[-1])
+    assert found.log[0] == {"step": "planted", "calls": planted.calls}
     json.dumps(list(found.log), allow_nan=False)
 
 

@@ -116,6 +116,18 @@ def test_clusters_that_are_behind_are_given_more(run: Callable[..., Any]) -> Non
     assert found.reasons[60].startswith("round 2, cluster")
 
 
+@pytest.mark.parametrize("budget", ["90", "700tok"])
+def test_one_round_is_kmq_with_equal_shares(budget: str, run: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    features = Given(rng.permutation(np.repeat(np.arange(5), [3, 10, 40, 60, 90])), rng.integers(1, 30, 203))
+    found, behind, trained = run(features, np.zeros(203), budget, rounds=1)
+    kmq = plugins.load("selector", "kmq")
+    plain = choose(kmq(kmq.Options(share="equal")), features, None, Budget.parse(budget), seed=0)  # type: ignore[arg-type]
+    assert found.rows.tolist() == plain.rows.tolist()
+    assert not behind.asked
+    assert not trained
+
+
 def test_temperature(run: Callable[..., Any]) -> None:
     labels = np.repeat([0, 1], 100)
     values = np.log([1.0, 4.0])[labels]
