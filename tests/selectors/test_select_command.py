@@ -20,7 +20,8 @@ Run = Callable[..., Result]
 PLAIN = [
     name
     for name in plugins.names("selector")
-    if not plugins.load("selector", name).needs & {"base", "judge"} and name != "qurating"  # learns from a file of pairs
+    if not plugins.load("selector", name).needs & {"base", "judge"}
+    and name != "qurating"  # learns from a file of pairs
 ]
 
 

@@ -18,8 +18,8 @@ from xpert.protocols import Selection
 from xpert.records import Budget, Message, Row, Shots
 from xpert.selection import choose
 
-# Those that read rows with a model have a suite of their own (test_model_selectors.py), those that learn from judgements
-# theirs (test_qurating.py).
+# Those that read rows with a model have a suite of their own (test_model_selectors.py), and so has the one that learns
+# from judgements (test_qurating.py).
 PLAIN = [
     name
     for name in plugins.names("selector")
@@ -55,10 +55,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
 every_selector = pytest.mark.parametrize(
     ("name", "params"), VARIANTS, ids=[" ".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in VARIANTS]
 )
-DRAWN = {"random", "kmq", "dsir", "ideal"}  # the draw follows a row's place, not its content
-TIED = {"length"}  # many rows score alike, and the lowest index goes first
-DRAWN = {"random", "kmq"}  # the draw follows a row's place, not its content
-DRAWN = {"random", "kmq", "adapt", "quad", "clusterucb"}  # the draw follows a row's place, not its content
+# The draw follows a row's place, not its content.
+DRAWN = {"random", "kmq", "dsir", "ideal", "adapt", "quad", "clusterucb"}
 TIED = {"length", "complexity"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
