@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/near_rows.py [--rows 100000] [--peer-python PYTHON] [--pool POOL]
 
-Rows are made up: unit vectors of 384 dimensions around 3,000 centres and without any; a fifth of them are moved beside
-another row. With --pool, the lsa embeddings of a pool as well. The plain search compares every row with all earlier ones
+Rows are made up: unit vectors of 384 dimensions around 3,000 centres and without any; a fifth are moved beside another
+row. With --pool, the lsa embeddings of a pool as well. The plain search compares every row with all earlier ones
 that stay; recall is the share of its repeats that are found. semhash gets the same vectors and its defaults; its own
 embedding is not counted. It is run by PYTHON, which has `semhash` installed. One thread; CPU seconds, medians.
 """
