@@ -52,6 +52,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "engine": ["--repeats", "2"],
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
+        "less_features": ["--rows", "64", "--repeats", "1"],
         "pool_build": ["--rows", "100000"],
     }
 

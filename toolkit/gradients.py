@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ExactScores", "GradientNorms", "GradientOptions", "GradientPass", "gradient_dtype"]
 
 SHARD_ROWS = 64
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 _LEAST = 1e-30
 _Take = Callable[[str, "torch.Tensor"], Any]
 
