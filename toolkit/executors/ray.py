@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -51,14 +52,17 @@ class Ray:
     def run(
         self, row_pass: RowPass, shards: Sequence[Callable[[], Sequence[Row]]]
     ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        import ray
-
+        ray: Any = importlib.import_module("ray")
         _connect()
-        gpus = 0 if self.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        places = self.workers or gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        there = ray.cluster_resources()
+        gpus = 0 if self.device == "cpu" else int(there.get("GPU", 0))
+        places = self.workers or gpus or max(1, int(there.get("CPU", 1)))
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Actor)
         place = self.device if not gpus or self.device == "auto" else "cuda"  # Ray shows an actor its own GPU alone
-        start = lambda: actor.remote(row_pass, place)  # noqa: E731
+
+        def start() -> Any:
+            return actor.remote(row_pass, place)
+
         pool = _Pool([start() for _ in range(min(places, len(shards)))], start, self.progress)
         try:
             yield from pool.run(shards)
