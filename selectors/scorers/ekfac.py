@@ -70,7 +70,9 @@ class Ekfac:
     cost: ClassVar[str] = (
         "two forward and backward passes per row the curvature is measured on, kept; then one per row scored"
     )
-    source: ClassVar[str] = "Quad: Zhang et al. 2024, arXiv:2409.16986; EK-FAC influence: Grosse et al. 2023, arXiv:2308.03296"
+    source: ClassVar[str] = (
+        "Quad: Zhang et al. 2024, arXiv:2409.16986; EK-FAC influence: Grosse et al. 2023, arXiv:2308.03296"
+    )
 
     def __init__(self, options: EkfacOptions) -> None:
         self.options = options

@@ -85,9 +85,15 @@ def test_a_layer_without_any_gradient_takes_no_part() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99)
+)
 def test_streamed_products_are_those_of_row_gradients(b: int, t: int, d_in: int, d_out: int, g: int, seed: int) -> None:
-    x, delta, v = normal(b, t, d_in, seed=seed), normal(b, t, d_out, seed=seed + 1), normal(g, d_out, d_in, seed=seed + 2)
+    x, delta, v = (
+        normal(b, t, d_in, seed=seed),
+        normal(b, t, d_out, seed=seed + 1),
+        normal(g, d_out, d_in, seed=seed + 2),
+    )
     plain = torch.stack(
         [torch.stack([sum(delta[i, s] @ one @ x[i, s] for s in range(t)) for one in v]) for i in range(b)]
     )

@@ -58,6 +58,7 @@ def measure_curvature(
     chosen = linear_layers(lm.model, layers)
     blocks = blocks_of(chosen)
     examples = row_examples(lm, rows, max_length, BATCH_TOKENS[lm.device.type])
+    draws = _Draws(seed) if labels == "sampled" else None
     count = int(examples.readable.sum())
     if not count:
         raise BadInput(
@@ -66,7 +67,6 @@ def measure_curvature(
         )
 
     def run(take: Callable[[AnswerBatch, str, Tensor, Tensor], None], title: str) -> None:
-        draws = _Draws(seed, title) if labels == "sampled" else None
         with progress.task(f"{title}, rows", count) as task:
             for indices, batch in examples.batches():
 
@@ -163,16 +163,20 @@ def _curvature_losses(lm: LanguageModel, batch: AnswerBatch, draws: Tensor | Non
 
 
 class _Draws:
-    """Numbers in 0..1 for the answer tokens of a row, by seed and row: neither batch nor device changes them."""
+    """Numbers in 0..1 for the answer tokens of a row, by seed and row: neither batch nor device changes them.
 
-    def __init__(self, seed: int, title: str) -> None:
-        self._start = [seed, *title.encode()]
+    Both passes draw the same, so that no gradient of the second lies where the factors of the first know nothing and
+    their eigenvectors are any.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
 
     def of(self, indices: NDArray[np.int64], batch: AnswerBatch) -> Tensor:
         """float32 [m] of the batch's answer tokens, row after row."""
         counts = batch.answer_tokens.tolist()
         parts = [
-            np.random.default_rng([*self._start, int(index)]).random(count, np.float32)
+            np.random.default_rng([self._seed, int(index)]).random(count, np.float32)
             for index, count in zip(indices, counts, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts)).to(batch.labels.device)
