@@ -5,9 +5,10 @@
 A random Llama of 7.4M parameters (hidden 256, 4 layers, 8,192 words), an adapter of rank 8 on every linear layer
 (156,160 numbers) after a short warm-up, rows of `--tokens` tokens, two thirds of them answer, of 16 kinds.
 LESS as released is written out here as its code is: one backward pass a row through peft, Adam's form, and traker's
-BasicProjector (dense Rademacher, which the release takes where no CUDA is) on 16 rows a call. `--peers` is a folder
-made by `pip install --target FOLDER --no-deps traker`; without it the peers are left out. One thread; CPU seconds of
-this process, medians; loading is not counted. bfloat16 is measured where the CPU multiplies in it.
+BasicProjector (dense Rademacher, which the release takes where no CUDA is) on 16 rows a call; its projection is
+timed on 32 rows. `--peers` is a folder made by `pip install --target FOLDER --no-deps traker`; without it the peers
+are left out. One thread; CPU seconds of this process, medians of `--repeats` for xpert, one run for the peers;
+loading is not counted. bfloat16 is measured where the CPU multiplies in it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from xpert.gradients import SHARD_ROWS, ExactScores, GradientOptions, GradientPa
 from xpert.language_model import encode_examples, load_model, quiet_transformers
 from xpert.lora_training import Checkpoint, LoraOptions, warm_up
 from xpert.records import Message, Row
+from xpert.sketches import Sketch
 
 WORDS = 8192
 KINDS = 16
-LESS_ROWS = 32
+LESS_ROWS, LESS_CALL = 32, 16
 
 
 def main() -> None:
@@ -59,24 +61,43 @@ def main() -> None:
 
 def report(base: str, checkpoint: Checkpoint, rows: list[Row], given: argparse.Namespace) -> None:
     ours = measure_ours(base, checkpoint, rows, given)
-    exact, loop_rate = less_gradients(base, checkpoint, rows)
-    lines = [("batch-1 loop through peft, gradients alone", loop_rate, None)]
+    before = time.process_time()
+    pairs = list(loop_gradients(base, checkpoint, rows))
+    spent = (time.process_time() - before) / len(rows)
+    gradients = torch.stack([shaped for _, shaped in pairs])
+    exact = cosines(gradients.numpy())
+    lines: list[tuple[str, float, float | None]] = [("batch-1 loop through peft, gradients alone", 1 / spent, None)]
     lines += [(name, rate, agreement(kept, exact)) for name, (rate, kept) in ours.items()]
     if given.peers:
         sys.path.insert(0, str(given.peers))
-        lines.append(
-            (
-                f"LESS as released, 16 rows a call ({LESS_ROWS} rows)",
-                *less(base, checkpoint, rows[:LESS_ROWS], 16, given.dims, None),
-            )
-        )
-        lines.append((f"LESS, {len(rows)} rows a call", *less(base, checkpoint, rows, len(rows), given.dims, exact)))
-        lines.append(("traker 0.3.2, 64 rows a batch (64 rows)", traker(base, checkpoint, rows[:64], given.dims), None))
-    best = ours["xpert, fold, float32"][0]
-    print("| what | examples per CPU second | xpert fold float32 is faster by | cosines: correlation with exact |")
+        few = gradients[:LESS_ROWS]
+        projecting, _ = project(few, LESS_CALL, given.dims)
+        lines.append((f"LESS as released: {LESS_CALL} rows a call", 1 / (spent + projecting), None))
+        projecting, kept = project(gradients, len(rows), given.dims)
+        lines.append((f"LESS: {len(rows)} rows a call", 1 / (spent + projecting), agreement(kept, exact)))
+        lines.append(("traker: 64 rows a batch", traker(base, checkpoint, rows[:64], given.dims), None))
+    report_sketches({"plain": torch.stack([plain for plain, _ in pairs]), "adam": gradients}, given.dims)
+    best = ours["xpert: fold, float32"][0]
+    print("| what | examples per CPU second | xpert's fold in float32, times | cosines: correlation with exact |")
     print("|---|---|---|---|")
     for name, rate, correlation in lines:
         print(f"| {name} | {rate:.2f} | {best / rate:.1f} | {'' if correlation is None else f'{correlation:.4f}'} |")
+
+
+def report_sketches(gradients: dict[str, torch.Tensor], dims: int) -> None:
+    """How sketches of the loop's own gradients keep the cosines; the noise of any sketch is about 1 / sqrt(dims)."""
+    print("| gradients | mean cosine | standard deviation | fold: correlation | countsketch: correlation |")
+    print("|---|---|---|---|---|")
+    for form, vectors in gradients.items():
+        exact = cosines(vectors.numpy())
+        found = []
+        for kind in ("fold", "countsketch"):
+            sketch = Sketch({"all": vectors.shape[1]}, dims, kind=kind)
+            kept = sketch.empty(len(vectors))
+            sketch.add(kept, "all", vectors)
+            found.append(agreement(kept.numpy(), exact))
+        print(f"| {form} | {exact.mean():.3f} | {exact.std():.3f} | {found[0]:.4f} | {found[1]:.4f} |")
+    print()
 
 
 def measure_ours(
@@ -88,10 +109,10 @@ def measure_ours(
     for dtype in dtypes:
         for sketch in ("fold", "countsketch"):
             settings = GradientOptions(given.dims, sketch, dtype=dtype)
-            workers[f"xpert, {sketch}, {dtype}"] = GradientPass(base, (checkpoint,), settings, "adam").open("cpu")
+            workers[f"xpert: {sketch}, {dtype}"] = GradientPass(base, (checkpoint,), settings, "adam").open("cpu")
         targets = tuple(rows[:8])
         exact = ExactScores(base, (checkpoint,), targets, tuple(range(8)), "adam", dtype=dtype)
-        workers[f"xpert, exact scores for 8 targets, {dtype}"] = exact.open("cpu")
+        workers[f"xpert: exact scores for 8 targets, {dtype}"] = exact.open("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     kept: dict[str, Any] = {}
     for _ in range(given.repeats):
@@ -103,15 +124,16 @@ def measure_ours(
     return {name: (len(rows) / float(np.median(times)), kept[name]) for name, times in seconds.items()}
 
 
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    """Of all pairs of rows."""
+    unit = vectors.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+
+
 def agreement(kept: np.ndarray | None, exact: np.ndarray) -> float | None:
-    """Correlation of the cosines of all pairs of rows."""
-    if kept is None:
-        return None
-    cosines = []
-    for vectors in (kept.astype(np.float32), exact):
-        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        cosines.append((unit @ unit.T)[np.triu_indices(len(unit), 1)])
-    return float(np.corrcoef(*cosines)[0, 1])
+    """Correlation with the exact cosines."""
+    return None if kept is None else float(np.corrcoef(cosines(kept), exact)[0, 1])
 
 
 # ── LESS as its code is ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,8 +146,8 @@ def peft_model(base: str, checkpoint: Checkpoint) -> tuple[Any, Any]:
     return PeftModel.from_pretrained(lm.model, checkpoint.folder, is_trainable=True).eval(), lm.tokenizer
 
 
-def adam_gradients(base: str, checkpoint: Checkpoint, rows: list[Row]) -> Iterator[torch.Tensor]:
-    """Row after row: forward, loss by the model itself, backward, Adam's form of the vectorised gradient."""
+def loop_gradients(base: str, checkpoint: Checkpoint, rows: list[Row]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Row after row: forward, loss by the model itself, backward; the gradient as a vector, and Adam's form of it."""
     model, tokenizer = peft_model(base, checkpoint)
     state = checkpoint.load()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -139,33 +161,19 @@ def adam_gradients(base: str, checkpoint: Checkpoint, rows: list[Row]) -> Iterat
         gradient = torch.cat([p.grad.view(-1) for _, p in named])
         m, v = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         model.zero_grad()
-        yield m / torch.sqrt(v + 1e-8)
+        yield gradient, m / torch.sqrt(v + 1e-8)
 
 
-def less_gradients(base: str, checkpoint: Checkpoint, rows: list[Row]) -> tuple[np.ndarray, float]:
-    before = time.process_time()
-    found = list(adam_gradients(base, checkpoint, rows))
-    return torch.stack(found).numpy(), len(rows) / (time.process_time() - before)
-
-
-def less(
-    base: str, checkpoint: Checkpoint, rows: list[Row], interval: int, dims: int, exact: np.ndarray | None
-) -> tuple[float, float | None]:
-    """Examples per CPU second of gradients and projection, and the agreement of its cosines."""
+def project(gradients: torch.Tensor, interval: int, dims: int) -> tuple[float, np.ndarray]:
+    """CPU seconds a row, and the unit rows that are kept."""
     from trak.projectors import BasicProjector, ProjectionType
 
-    size = sum(value.numel() for value in checkpoint.load().weights.values())
-    project = BasicProjector(size, dims, 0, ProjectionType.rademacher, torch.device("cpu"), block_size=128).project
+    device = torch.device("cpu")
+    projector = BasicProjector(gradients.shape[1], dims, 0, ProjectionType.rademacher, device, block_size=128)
     before = time.process_time()
-    waiting: list[torch.Tensor] = []
-    kept = []
-    for count, gradient in enumerate(adam_gradients(base, checkpoint, rows), 1):
-        waiting.append(gradient)
-        if count % interval == 0 or count == len(rows):
-            kept.append(torch.nn.functional.normalize(project(torch.stack(waiting), model_id=0), dim=1))
-            waiting = []
-    rate = len(rows) / (time.process_time() - before)
-    return rate, None if exact is None else agreement(torch.cat(kept).numpy(), exact)
+    kept = [projector.project(part, model_id=0) for part in gradients.split(interval)]
+    found = torch.nn.functional.normalize(torch.cat(kept), dim=1)
+    return (time.process_time() - before) / len(gradients), found.numpy()
 
 
 # ── traker ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,6 +189,9 @@ def traker(base: str, checkpoint: Checkpoint, rows: list[Row], dims: int) -> flo
     model, tokenizer = peft_model(base, checkpoint)
 
     class MeanLoss(AbstractModelOutput):
+        def __init__(self) -> None:
+            super().__init__()
+
         @staticmethod
         def get_output(model: Any, weights: Any, buffers: Any, ids: Any, labels: Any) -> Any:
             inputs = {"input_ids": ids[None], "use_cache": False}
@@ -258,8 +269,8 @@ def make_base(folder: Path) -> str:
 def make_rows(count: int, tokens: int) -> list[Row]:
     """Rows whose words come from one of 16 vocabularies, the common words of each many times more often."""
     rng = np.random.default_rng(0)
-    vocabularies = [rng.permutation(WORDS - 2)[:400] for _ in range(KINDS)]
-    odds = 1 / np.arange(1, 401)
+    vocabularies = [rng.permutation(WORDS - 2)[:100] for _ in range(KINDS)]
+    odds = 1 / np.arange(1, 101)
     rows = []
     for number in range(count):
         # The form adds `User:`, `Assistant:` and the end of the answer.

@@ -109,7 +109,8 @@ def answer_logits(model: Any, batch: AnswerBatch, **arguments: Any) -> tuple[Ten
     finally:
         hook.remove()
     targets = batch.labels[:, 1:][wanted[:, :-1]]
-    return output.logits[0], targets, wanted.nonzero()[:, 0]
+    # A view: indexing would cost a pass over all logits on the way back.
+    return output.logits.squeeze(0), targets, wanted.nonzero()[:, 0]
 
 
 def row_losses(model: Any, batch: AnswerBatch, **arguments: Any) -> Tensor:

@@ -20,6 +20,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,10 @@ from xpert.language_model import LanguageModel, encode_examples
 from xpert.linear_capture import (
     AnswerBatch,
     LinearCapture,
-    gradient_flow,
+    answer_logits,
     length_batches,
     linear_layers,
     make_batch,
-    row_losses,
 )
 from xpert.lora_training import AdapterState
 from xpert.records import Row
@@ -82,10 +82,16 @@ def place_factors(model: object, state: AdapterState, device: torch.device) -> d
 
 def outer_products(x: Tensor, delta: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """(dA [b, r, d_in], dB [b, d_out, r]) float32 of inputs x [b, t, d_in] and output gradients delta [b, t, d_out]."""
-    a, b = factors.a.to(x.dtype), factors.b.to(delta.dtype)
-    grad_a = torch.bmm((delta @ b).transpose(1, 2), x)
-    grad_b = torch.bmm(delta.transpose(1, 2), x @ a.T)
-    return grad_a.float().mul_(factors.scale), grad_b.float().mul_(factors.scale)
+    rows, tokens, rank = len(x), x.shape[1], len(factors.a)
+
+    def narrow(factor: Tensor, wide: Tensor) -> Tensor:
+        """[r, d] and [b, t, d] -> [b, r, t]. Narrow matrices stand on the left of every product: BLAS is slow else."""
+        scaled = (factor * factors.scale).to(wide.dtype)
+        return (scaled @ wide.reshape(rows * tokens, -1).T).view(rank, rows, tokens).transpose(0, 1)
+
+    grad_a = torch.bmm(narrow(factors.b.T, delta), x)
+    grad_b = torch.bmm(narrow(factors.a, x), delta).transpose(1, 2)
+    return grad_a.float(), grad_b.float()
 
 
 @contextmanager
@@ -126,11 +132,29 @@ def _noise(like: Tensor, name: str) -> Tensor:
 
 
 class LayerStream(LinearCapture):
-    """A capture that hands each layer's (name, inputs, output gradients) on during the backward pass, keeping none."""
+    """A capture that hands each layer's (name, inputs, output gradients) on during the backward pass, keeping none.
+
+    Gradients begin at the outputs of the layers: what lies before the first of them is not differentiated.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Linear], take: Callable[[str, Tensor, Tensor], None]) -> None:
         super().__init__(layers)
         self._take = take
+
+    def _on_forward(self, name: str) -> Any:
+        keep = super()._on_forward(name)
+
+        def begin(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.dim() != 3:
+                raise BadInput(
+                    f"layer {name} does not read rows apart (as the experts of a mixture), so they have no gradients",
+                    hint="name other layers, such as attention",
+                )
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            keep(module, given, output)
+
+        return begin
 
     def _on_backward(self, name: str, gradient: Tensor) -> None:
         with torch.no_grad():
@@ -178,10 +202,45 @@ def stream_gradients(
         take(f"{name}.lora_A", grad_a.flatten(1))
         take(f"{name}.lora_B", grad_b.flatten(1))
 
-    with LayerStream({name: layers[name] for name in factors}, hand_on), gradient_flow(lm.model):
-        losses = row_losses(lm.model, batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+    return _backward(lm, batch, LayerStream({name: layers[name] for name in factors}, hand_on))
+
+
+def _backward(lm: LanguageModel, batch: AnswerBatch, stream: LayerStream) -> Tensor:
+    """Losses float32 [b] of a batch, after a backward pass that the stream has seen."""
+    trainable = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with stream, torch.enable_grad():
+            logits, targets, row = answer_logits(lm.model, batch)
+            each = _TokenLosses.apply(logits, targets)  # type: ignore[no-untyped-call]
+            losses = torch.zeros(len(batch.labels), device=each.device).index_add(0, row, each)
+            losses = losses / batch.answer_tokens.clamp(min=1)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     return losses.detach()
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy float32 [m] of logits [m, v] that holds one such array instead of three, in half the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        losses = -log_p.gather(1, targets[:, None])[:, 0]
+        error = log_p.exp_()
+        error[torch.arange(len(targets), device=error.device), targets] -= 1
+        ctx.save_for_backward(error)
+        ctx.dtype = logits.dtype
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (error,) = ctx.saved_tensors
+        return error.mul_(grad[:, None]).to(ctx.dtype), None
 
 
 @dataclass(frozen=True)
@@ -230,10 +289,8 @@ def weight_norms(lm: LanguageModel, layers: Mapping[str, nn.Linear], batch: Answ
         else:
             squares.add_(torch.bmm(delta.transpose(1, 2), x).square_().sum((1, 2)))
 
-    with LayerStream(layers, take), gradient_flow(lm.model):
-        losses = row_losses(lm.model, batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-    return losses.detach(), squares.clamp_(min=0).sqrt_()
+    losses = _backward(lm, batch, LayerStream(layers, take))
+    return losses, squares.clamp_(min=0).sqrt_()
 
 
 def check_finite(

@@ -16,7 +16,16 @@ from xpert.features import Features
 from xpert.gradients import ExactScores, GradientNorms, GradientOptions, GradientPass
 from xpert.language_model import load_model
 from xpert.linear_capture import encode_rows, linear_layers, make_batch, row_losses
-from xpert.lora_gradients import AdamForm, Factors, merged, place_factors, row_examples, stream_gradients, weight_norms
+from xpert.lora_gradients import (
+    AdamForm,
+    Factors,
+    LayerStream,
+    merged,
+    place_factors,
+    row_examples,
+    stream_gradients,
+    weight_norms,
+)
 from xpert.lora_training import AdapterState, Checkpoint
 from xpert.records import Message, Row
 
@@ -108,6 +117,12 @@ def test_the_weights_come_back_after_an_exception(tiny_base: Path) -> None:
     after = lm.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in contents.items())
     assert all(parameter.requires_grad for parameter in lm.model.parameters())
+
+
+def test_layers_that_mix_rows_are_refused() -> None:
+    layer = torch.nn.Linear(4, 4)
+    with pytest.raises(BadInput, match="layer expert does not read rows apart"), LayerStream({"expert": layer}, print):
+        layer(torch.zeros(6, 4))
 
 
 def test_adam_form_of_two_numbers_by_hand() -> None:

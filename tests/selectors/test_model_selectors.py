@@ -21,6 +21,8 @@ from xpert.selection import choose
 SETTINGS: dict[str, dict[str, Any]] = {
     "adapt": {"sketch_dim": 64, "keep": "90%"},
     "kmq-iterative": {"rounds": 2, "rank": 4},
+    "datainf": {"inverted_rows": 20, "rank": 4},
+    "ekfac": {"factor_rows": 20},
     "less": {"epochs": 2, "rank": 4, "batch_size": 8, "sketch_dim": 256},
     "quad": {"reward_params": "epochs=1,rank=4,batch-size=8,sketch-dim=256", "batch": 2},
     "clusterucb": {"reward_params": "epochs=1,rank=4,batch-size=8,sketch-dim=256", "evaluate": "40%"},
