@@ -153,7 +153,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--budget", "5", "--param", "tau"], "is not KEY=VALUE"),
     (["--budget", "5", "--method", "mmr", "--param", "relevance=-1"], "the least is 0"),
     (["--budget", "5", "--method", "kmq", "--param", "quality=column"], "go together"),
-    (["--budget", "5", "--method", "facility", "--param", "eta=2"], "eta has no part in mode blocks"),
+    (["--budget", "5", "--method", "facility", "--param", "eta=2"], "eta has no part in mode cells"),
     (["--budget", "5", "--param", "refill=false", "--param", "reach=3"], "reach has no part without refill"),
     (["--budget", "5", "--embedder", "lsaa"], "Did you mean 'lsa'"),
     (["--budget", "5", "--shots", "nowhere.jsonl"], "nowhere.jsonl"),
