@@ -91,8 +91,9 @@ def streamed_products(x: Tensor, delta: Tensor, targets: Tensor) -> Tensor:
     """
     if len(targets) > 1:
         return row_gradients(x, delta).flatten(1) @ targets.float().flatten(1).T
-    moved = delta.flatten(0, 1) @ targets[0]
-    return torch.mul(moved.view_as(x), x).sum((1, 2), dtype=torch.float32)[:, None]
+    moved = (delta.flatten(0, 1) @ targets[0]).view_as(x)
+    sums = (moved * x).sum((1, 2), dtype=torch.float32)
+    return torch.stack([sums], dim=1)
 
 
 def eigenvectors(covariance: Tensor) -> Tensor:
