@@ -57,6 +57,8 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "pool_build": ["--rows", "100000"],
         "votek": ["--rows", "2000", "--wanted", "50", "--repeats", "1"],
         "ideal": ["--rows", "1000", "--wanted", "20", "--small-rows", "150", "--small-wanted", "8", "--repeats", "1"],
+        "kmeans": ["--rows", "10000", "--clusters", "256", "--repeats", "1"],
+        "near_rows": ["--rows", "20000", "--repeats", "1"],
         "dpp": ["--rows", "5000", "--wanted", "300", "--repeats", "1"],
     }
 

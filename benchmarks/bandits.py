@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 from unittest.mock import patch
 
@@ -65,14 +66,18 @@ class MadeUp:
 
 def main() -> None:
     given = _arguments()
-    kept: dict[str, dict[tuple[str, float], list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     spent: dict[str, list[float]] = defaultdict(list)
-    cases = [*_made_up(given.rows, given.seeds), *_real(given)]
-    for case in cases:
-        for seed in case.seeds:
-            for share in SHARES:
-                _run(case, share, seed, given.budget, kept, spent)
-    _print(list(dict.fromkeys(case.data for case in cases)), kept, spent)
+    for data, cases in groupby(chain(_made_up(given.rows, given.seeds), _real(given)), lambda case: case.data):
+        kept: dict[str, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        for case in cases:
+            for seed in case.seeds:
+                for share in SHARES:
+                    _run(case, share, seed, given.budget, kept, spent)
+        _print(data, kept)
+    slowest = max(spent, key=lambda name: float(np.median(spent[name])))
+    middle = np.median(np.concatenate(list(spent.values())))
+    most = np.median(spent[slowest])
+    print(f"\nCPU s of a selection besides scoring: median {middle:.2f}; {most:.2f} with {slowest}.")
 
 
 def _run(case: Case, share: float, seed: int, budget: str, kept: Any, spent: Any) -> None:
@@ -82,7 +87,7 @@ def _run(case: Case, share: float, seed: int, budget: str, kept: Any, spent: Any
 
     def note(name: str, rows: Any) -> None:
         value = rewards[rows].mean()
-        kept[name][case.data, share].append((value / best, (value - mean) / (best - mean)))
+        kept[name][share].append((value / best, (value - mean) / (best - mean)))
 
     drawn = np.random.default_rng(seed).choice(len(rewards), round(share * len(rewards)), replace=False)
     note(CONTROL, drawn[np.argsort(-rewards[drawn])][:count])
@@ -100,6 +105,8 @@ def _run(case: Case, share: float, seed: int, budget: str, kept: Any, spent: Any
 
 def _made_up(rows: int, seeds: int) -> Iterator[Case]:
     """A pool for each kind and seed: as many clusters of unlike sizes as `auto` would make, in 16 dimensions."""
+    if not rows:
+        return
     many = round((rows / 2) ** 0.5)
     for name, (between, within) in MADE_UP.items():
         for seed in range(seeds):
@@ -124,29 +131,23 @@ def _real(given: argparse.Namespace) -> Iterator[Case]:
     chosen = sorted(groups)[:: max(1, len(groups) // given.skills)][: given.skills]
     for skill in chosen:
         shots = Shots(tuple(groups[skill]))
-        options = FeatureOptions(base=given.base, max_length=given.max_length)
-        features = Features(pool, options, shots=shots, progress=StreamProgress())
-        scorer = prepared_scorer(given.reward, given.reward_params, features, shots, np.random.default_rng(0))
+        features = Features(pool, FeatureOptions(), shots=shots, progress=StreamProgress())
+        options = FeatureOptions(embedder=given.embedder, base=given.base, max_length=given.max_length)
+        scored = Features(pool, options, shots=shots, progress=StreamProgress())
+        scorer = prepared_scorer(given.reward, given.reward_params, scored, shots, np.random.default_rng(0))
         scores = np.asarray(scorer.score(np.arange(len(pool), dtype=np.int64)))
         known = np.isfinite(scores)
-        data = f"{given.reward} ({len(pool):,} rows)"
+        by = f" by {given.embedder}" if given.reward == "similarity" else ""
+        data = f"{given.reward}{by} ({len(pool):,} rows)"
         yield Case(features, np.where(known, scores, scores[known].min()), data, range(given.seeds))
 
 
-def _print(data: Sequence[str], kept: Any, spent: Any) -> None:
-    for name in data:
-        print(f"\n### {name}\n")
-        print("| method and policy | 5 % scored | 10 % | 20 % |\n|---|---|---|---|")
-        for method, values in kept.items():
-            cells = []
-            for share in SHARES:
-                whole, above = np.mean(values[name, share], axis=0)
-                cells.append(f"{whole:.3f} ({above:.3f})")
-            print(f"| {method} | {' | '.join(cells)} |")
-    slowest = max(spent, key=lambda name: float(np.median(spent[name])))
-    middle = np.median(np.concatenate(list(spent.values())))
-    most = np.median(spent[slowest])
-    print(f"\nCPU s of a selection besides scoring: median {middle:.2f}; {most:.2f} with {slowest}.")
+def _print(data: str, kept: Any) -> None:
+    print(f"\n### {data}\n")
+    print("| method and policy | 5 % scored | 10 % | 20 % |\n|---|---|---|---|")
+    for method, values in kept.items():
+        pairs = [np.mean(values[share], axis=0) for share in SHARES]
+        print(f"| {method} | {' | '.join(f'{whole:.3f} ({above:.3f})' for whole, above in pairs)} |", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -155,11 +156,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shots")
     parser.add_argument("--reward", default="similarity")
     parser.add_argument("--reward-params", default="")
+    parser.add_argument("--embedder", default="lsa", help="of the reward; rows are clustered by lsa in any case")
     parser.add_argument("--base")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--sample", type=int, help="rows of POOL, drawn at random; default: all")
     parser.add_argument("--skills", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=20_000, help="of a made-up pool")
+    parser.add_argument("--rows", type=int, default=20_000, help="of a made-up pool; 0: none of these")
     parser.add_argument("--budget", default="2%")
     parser.add_argument("--seeds", type=int, default=3)
     return parser.parse_args()

@@ -61,7 +61,8 @@ def pyversity(embeddings: Any, relevance: Any, wanted: int) -> list[int]:
     from pyversity.strategies.dpp import dpp
 
     np.seterr(over="ignore")  # past the rank of the kernel its float32 overflows
-    return dpp(embeddings, relevance, wanted, diversity=1 - BETA).indices.tolist()
+    found: list[int] = dpp(embeddings, relevance, wanted, diversity=1 - BETA).indices.tolist()
+    return found
 
 
 def ours(embeddings: Any, z: Any, wanted: int, ridge: float) -> list[int]:

@@ -19,11 +19,13 @@ from xpert.data import pool_from_rows
 from xpert.errors import BadInput, NotFound
 from xpert.features import FeatureOptions, Features
 from xpert.lora_training import LoraOptions
+from xpert.merged_model import write_merged
+from xpert.model_files import model_fingerprint
 from xpert.protocols import Selection
 from xpert.records import Budget, Message, Row
 from xpert.selection import choose
 from xpert.selectors import kmq_iterative
-from xpert.selectors._training import by_base, trained_base
+from xpert.selectors._training import adapters, by_base, trained_base
 from xpert.selectors.kmq_iterative import reweighted
 
 unhurried = settings(max_examples=40, deadline=None)
@@ -227,7 +229,11 @@ def test_the_model_trained_so_far_is_the_one_that_scores(rows: list[Row], tiny_b
         assert view.base() == base
         assert len(view.pool) == 16
         after = view.compute(AnswerLosses(view.base(), 128), every)["nll"].mean()
+        merged = model_fingerprint(base)
     assert after < before - 0.3
+    with adapters(features, rows[:16], settings) as checkpoints:
+        last = write_merged(features.base(), checkpoints[-1], tmp_path / "last", device="cpu")
+    assert model_fingerprint(str(last)) == merged
     assert not Path(base).exists()
     assert list(tmp_path.rglob("adapter_model.safetensors"))
 

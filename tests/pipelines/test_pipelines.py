@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from xpert.data import pool_from_rows
 from xpert.errors import BadInput
 from xpert.features import FeatureOptions, Features
-from xpert.near_rows import first_of_near
 from xpert.protocols import Selection
 from xpert.records import Budget, Row, Shots
 from xpert.selection import choose
@@ -110,19 +109,6 @@ def test_a_score_is_a_weighted_sum_and_may_be_picked_by(run: Callable[..., Selec
     ranked: Steps = [{"score": {"name": "w", "of": {"length": 1}, "scale": "rank"}}, {"pick": {"best": "w"}}]
     longest = run(ranked, "10").rows
     assert features.lengths()[longest].min() >= np.sort(features.lengths())[-10]
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 99), threshold=st.floats(0.3, 0.99))
-def test_rows_that_stay_are_those_of_the_plain_loop(seed: int, threshold: float) -> None:
-    random = np.random.default_rng(seed)
-    vectors = random.normal(size=(5, 6))[random.integers(5, size=60)] + 0.2 * random.normal(size=(60, 6))
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    kept: list[int] = []
-    for row in range(60):
-        if not any(np.round(vectors[row] @ vectors[other], 6) >= threshold for other in kept):
-            kept.append(row)
-    assert np.flatnonzero(first_of_near(vectors, threshold)).tolist() == kept
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,31 @@ def test_long_texts_are_cut_and_the_question_never_is(tiny_base: Path, features:
     assert "Why?" in text
 
 
+def test_a_rating_that_is_no_number_is_refused(
+    rows: list[Row], features: Callable[..., Features], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from xpert import linear_capture
+
+    sound = linear_capture.answer_logits
+
+    def broken(model: Any, batch: Any, **more: Any) -> Any:
+        logits, targets, index = sound(model, batch, **more)
+        return torch.full_like(logits, torch.nan), targets, index
+
+    monkeypatch.setattr(linear_capture, "answer_logits", broken)
+    with pytest.raises(BadInput, match=r"the rating is not a number \(rows r00000, r00001\)"):
+        scorer("deita-quality", features(rows[:2])).score(np.arange(2))
+
+
+def test_a_conversation_of_very_many_turns(features: Callable[..., Features]) -> None:
+    exchange = (Message("user", "Hi"), Message("assistant", "Ho"))
+    made = scorer("deita-complexity", features([Row("long", (*exchange * 20, Message("user", "Hi")), "Ho")]))
+    assert np.isfinite(made.turn_ratings(np.array([0]))).all()
+    assert made.log()[0]["more than 16 turns"] == 1
+
+
 def test_a_context_without_room_for_the_question(tiny_base: Path) -> None:
     with pytest.raises(BadInput, match="fills the scorer's context of 511"):
         RatedTurns(str(tiny_base), "{prompt} " + "wordy " * 600).open("cpu")
