@@ -20,7 +20,7 @@ from xpert.language_model import load_model
 from xpert.linear_capture import make_batch, row_losses
 from xpert.lora_training import Checkpoint, LoraOptions, warm_up
 from xpert.records import Message, Row, Shots
-from xpert.selectors.scorers.datainf import PLUGIN as Datainf
+from xpert.selectors.scorers.datainf import Datainf
 
 Gradients = dict[str, torch.Tensor]
 
