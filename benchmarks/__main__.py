@@ -47,6 +47,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
     return {
         "whole_pool": rows,
         "selection_share": [*rows, *anchors, "--budget", "200"],
+        "bandits": [*rows, *anchors, "--rows", "4000", "--skills", "1", "--seeds", "1"],
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
         "engine": ["--repeats", "2"],
@@ -54,6 +55,11 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "registry": ["--experts", "200"],
         "less_features": ["--rows", "64", "--repeats", "1"],
         "pool_build": ["--rows", "100000"],
+        "votek": ["--rows", "2000", "--wanted", "50", "--repeats", "1"],
+        "ideal": ["--rows", "1000", "--wanted", "20", "--small-rows", "150", "--small-wanted", "8", "--repeats", "1"],
+        "kmeans": ["--rows", "10000", "--clusters", "256", "--repeats", "1"],
+        "near_rows": ["--rows", "20000", "--repeats", "1"],
+        "dpp": ["--rows", "5000", "--wanted", "300", "--repeats", "1"],
     }
 
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pool": ("pools", "Build a pool from instruction data, or look into one."),
     "cluster": ("cluster", "Embed and cluster a pool; name the clusters by their telling terms."),
     "select": ("selection", "Select rows for a task from a pool, anchored on its shots."),
+    "shots": ("shots", "Pick which rows to label, or order labelled shots as exemplars for a prompt."),
     "methods": ("methods", "List the plug-ins of every seam, or explain one."),
     "train": ("train", "Train a LoRA expert on a selection."),
     "profile": ("profiling", "Score an expert and its base per skill."),

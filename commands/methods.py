@@ -37,8 +37,9 @@ def command(session: Session, name: str | None, kind: str | None) -> None:
     # Every scorer is a selector too; where both seams are listed it stands under its own.
     shown = dict(members)
     if "scorer" in shown and "selector" in shown:
-        scorers = {member["name"] for member in shown["scorer"]}
-        shown["selector"] = [member for member in shown["selector"] if member["name"] not in scorers]
+        scorers = {member["name"]: member["summary"] for member in shown["scorer"]}
+        # A selector that bears a scorer's name and is more than its ranking says something of its own.
+        shown["selector"] = [m for m in shown["selector"] if scorers.get(m["name"]) != m["summary"]]
     text = [_listing(seam, shown[seam], headed=kind is None) for seam in seams]
     session.result({"kind": kind, "members": [member for seam in seams for member in members[seam]]}, "\n\n".join(text))
 

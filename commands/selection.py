@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from xpert.commands.options import Session, common_options, config_options, pairs, take
+from xpert.errors import BadInput
 from xpert.features import FeatureOptions
 from xpert.pool_build import PoolOptions
 
@@ -17,12 +18,27 @@ __all__ = ["command"]
 @click.command("select")
 @click.argument("pool", metavar="POOL")
 @click.option("--shots", metavar="FILE", help="The examples of the task; methods that are anchored need them.")
-@click.option("--method", default="kshot", show_default=True, metavar="NAME", help="See `xpert methods`.")
+@click.option(
+    "--method",
+    default="kshot",
+    show_default=True,
+    metavar="NAME[,NAME...]",
+    help="See `xpert methods`; or a pipeline, FILE.yaml. Several: one report compares them.",
+)
 @click.option("--budget", required=True, metavar="B", help="How much: rows (1000), a share (5%) or tokens (200ktok).")
 @click.option(
-    "-p", "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the method; may be repeated."
+    "-p",
+    "--param",
+    "params",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A parameter of the method; may be repeated. METHOD.KEY=VALUE where several methods are compared.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "--executor", default="local", show_default=True, metavar="NAME", help="What runs models over the rows: local, ray."
+)
+@click.option("--workers", type=int, metavar="N", help="Workers of the executor ray.  [default: one per GPU, or CPU]")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write report.html.")
 @click.option("--explain", is_flag=True, help="Print why each row was chosen, and the method's log.")
 @config_options(FeatureOptions)
@@ -36,6 +52,8 @@ def command(
     budget: str,
     params: tuple[str, ...],
     out: Path,
+    executor: str,
+    workers: int | None,
     report: bool,
     explain: bool,
     **options: Any,
@@ -45,23 +63,29 @@ def command(
     The folder holds selected.jsonl, the shots, manifest.json and report.html. Rows that overlap the shots are left
     out. The options on reading (--format, --map, ...) apply where POOL is a source, not a pool folder.
     """
+    shared: dict[str, Any] = {
+        "shots": shots,
+        "budget": budget,
+        "out": out,
+        "features": take(FeatureOptions, options),
+        "pool_options": take(PoolOptions, options),
+        "seed": session.seed,
+        "device": session.device,
+        "executor": executor,
+        "workers": workers,
+        "report": report,
+        "progress": session.progress,
+    }
+    given = pairs(params, option="--param")
+    methods = [name.strip() for name in method.split(",")]
+    if len(methods) > 1:
+        if explain:
+            raise BadInput("--explain is of one method", hint="its rows and log lie in the method's own folder")
+        _compare(session, pool, methods, given, shared)
+        return
     from xpert.selection import select
 
-    feature_options, pool_options = take(FeatureOptions, options), take(PoolOptions, options)
-    found = select(
-        pool,
-        shots=shots,
-        method=method,
-        budget=budget,
-        params=pairs(params, option="--param"),
-        out=out,
-        features=feature_options,
-        pool_options=pool_options,
-        seed=session.seed,
-        device=session.device,
-        report=report,
-        progress=session.progress,
-    )
+    found = select(pool, method=method, params=given, **shared)
     figures = dict(found.figures)
     value: dict[str, Any] = {"path": str(found.path), "method": method, **figures}
     lines = [_summary(found.path, method, figures)]
@@ -71,6 +95,32 @@ def command(
         lines += [f"{mark['rank']:>5}  {mark['score']:.4f}  {mark['id']}  {mark['reason']}" for mark in marks]
         lines += ["  ".join(f"{key} {content}" for key, content in step.items()) for step in log]
     session.result(value, "\n".join(lines))
+
+
+def _compare(session: Session, pool: str, methods: list[str], params: dict[str, str], shared: dict[str, Any]) -> None:
+    from xpert.comparison import compare, split_params
+
+    found = compare(pool, methods, params=split_params(params, methods), **shared)
+    names = list(found.selections)
+    value = {"path": str(found.path), "methods": dict(found.figures), "overlap": found.overlap.tolist()}
+    width = max(map(len, names))
+    head = f"{'':<{width}}  {'rows':>7}  {'tokens':>9}  {'to shots':>8}  {'alike':>6}  {'coverage':>8}  {'seconds':>8}"
+    lines = [head, *(_compared(name, found.figures[name], width) for name in names), "", "rows in common:"]
+    lines += [f"{'':<{width}}  " + "  ".join(f"{name:>8}" for name in names)]
+    for name, shares in zip(names, found.overlap, strict=True):
+        cells = (f"{share:>{max(8, len(other))}.0%}" for share, other in zip(shares, names, strict=True))
+        lines.append(f"{name:<{width}}  " + "  ".join(cells))
+    session.result(value, "\n".join([*lines, "", str(found.path)]))
+
+
+def _compared(name: str, figures: Any, width: int) -> str:
+    similar, alike = (
+        "-" if value is None else f"{value:.3f}" for value in (figures.get("shot_similarity"), figures["alike"])
+    )
+    return (
+        f"{name:<{width}}  {figures['rows']:>7,}  {figures['tokens']:>9,}  {similar:>8}  {alike:>6}"
+        f"  {figures['coverage']:>8.3f}  {figures['cpu_seconds']:>8.2f}"
+    )
 
 
 def _summary(path: Path, method: str, figures: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,7 @@ def ranked(scorer_class: type[Scorer]) -> type[Any]:
     """A selector class that takes the best rows by a scorer; it bears the scorer's words, options, cost and source.
 
     Rows that the scorer cannot score by rule come last, by the lowest index, and are taken only when nothing else is
-    left; the log counts them.
+    left; the log counts them, and goes on with what the scorer's own `log()` tells, where it has one.
     """
 
     class Ranked:
@@ -45,15 +46,17 @@ def ranked(scorer_class: type[Scorer]) -> type[Any]:
         ) -> Selection:
             rows = len(features.pool)
             meter = BudgetMeter.of(budget, rows, features.lengths() if budget.in_tokens else None)
-            if "shots" in self.needs:
+            # An option may take a need away (a scorer model of its own needs no base): the instance knows.
+            if "shots" in self.scorer.needs:
                 needs_shots(scorer_class.__module__.rsplit(".", 1)[-1], shots)
-            if "base" in self.needs:
+            if "base" in self.scorer.needs:
                 features.base()
             self.scorer.prepare(features, shots, rng)
             scores = np.asarray(self.scorer.score(np.arange(rows, dtype=np.int64)), dtype=np.float32)
             chosen = np.array(meter.walk(best_first(scores).tolist()), dtype=np.int64)
             known = np.isfinite(scores)
-            log = [{"step": "scores", "rows": int(known.sum()), "not scored": int((~known).sum())}]
+            told: Callable[[], Sequence[Mapping[str, Any]]] = getattr(self.scorer, "log", tuple)
+            log = [{"step": "scores", "rows": int(known.sum()), "not scored": int((~known).sum())}, *told()]
             reasons = [
                 self.scorer.explain(int(row)) if known[row] else NOT_SCORED + self.scorer.explain(int(row))
                 for row in chosen

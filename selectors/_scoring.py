@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xpert.protocols import Scorer
     from xpert.records import Shots
 
-__all__ = ["check_scorer", "open_scorer", "prepared_scorer"]
+__all__ = ["check_scorer", "open_scorer", "prepared_scorer", "scorer_settings"]
 
 
 def open_scorer(name: str, parameters: str | Mapping[str, Any] = "") -> Scorer:
@@ -28,6 +28,14 @@ def open_scorer(name: str, parameters: str | Mapping[str, Any] = "") -> Scorer:
     given = _parse(parameters, name) if isinstance(parameters, str) else dict(parameters)
     scorer: Scorer = scorer_class(scorer_class.Options.from_mapping(given, where=f"scorer {name}"))
     return scorer
+
+
+def scorer_settings(name: str, parameters: str | Mapping[str, Any] = "") -> dict[str, Any]:
+    """The scorer's options in full, as a manifest holds them."""
+    scorer_class = plugins.load("scorer", name)
+    given = _parse(parameters, name) if isinstance(parameters, str) else dict(parameters)
+    settings: dict[str, Any] = scorer_class.Options.from_mapping(given, where=f"scorer {name}").to_dict()
+    return settings
 
 
 def check_scorer(name: str, parameters: str | Mapping[str, Any] = "") -> None:

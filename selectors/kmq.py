@@ -14,6 +14,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import nearest_shots, needs_shots
+from xpert.selectors._drawing import draw, spend
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -48,8 +49,8 @@ class KMQ:
     labels [n], quality [n] -> rows, ordered so that every beginning of the list keeps the clusters' shares. Shares
     are rounded by largest remainder and never exceed a cluster; drawing is without replacement. Score: the row's
     quality; rows of quality 0 are drawn only when a cluster has no others. Of a token budget each cluster gets tokens,
-    and what is left over in the clusters is spent on rows that still fit, in the order drawn. The method's iterations
-    are not run.
+    and what is left over in the clusters is spent on rows that still fit, in the order drawn. For the method's
+    iterations see `kmq-iterative`.
     """
 
     Options: ClassVar[type[Config]] = KMQOptions
@@ -64,9 +65,9 @@ class KMQ:
         labels = np.asarray(features.clusters().labels, dtype=np.int64)
         meter = BudgetMeter.of(budget, len(labels), features.lengths() if budget.in_tokens else None)
         quality = self._quality(features, shots)
-        order = _draw(quality, rng)
+        order = draw(quality, rng)
         quotas = self._quotas(labels, meter)
-        rows, places = _spend(order, labels, quotas, meter)
+        rows, places = spend(order, labels, quotas, meter)
         chosen = np.array(rows, dtype=np.int64)[np.lexsort((rows, places))]
         reasons = [f"cluster {labels[row]}, quality {quality[row]:.4g}" for row in chosen]
         taken = np.bincount(labels[chosen], minlength=len(quotas))
@@ -102,27 +103,6 @@ class KMQ:
                 assert self.options.quality_column is not None
                 return _column(features, self.options.quality_column)
         return np.ones(rows)
-
-
-def _draw(quality: NDArray[np.float64], rng: np.random.Generator) -> Ints:
-    """All rows [n] in the order of successive draws with chances in proportion to quality; those of quality 0 last."""
-    waits = rng.exponential(size=len(quality)) / np.where(quality > 0, quality, 1.0)
-    return np.lexsort((waits, quality <= 0))
-
-
-def _spend(order: Ints, labels: Ints, quotas: Ints, meter: BudgetMeter) -> tuple[list[int], list[float]]:
-    """Rows within the quotas first, then what still fits; with each row's place in its cluster's quota, 0 to 1."""
-    left = quotas.astype(np.int64)
-    rows: list[int] = []
-    places: list[float] = []
-    for row in order.tolist():
-        cluster, cost = labels[row], meter.cost(row)
-        if cost <= left[cluster] and meter.take(row):
-            rows.append(row)
-            places.append((quotas[cluster] - left[cluster] + cost / 2) / quotas[cluster])
-            left[cluster] -= cost
-    rest = meter.walk(order.tolist())
-    return rows + rest, places + [1.0 + place for place in range(len(rest))]
 
 
 def _column(features: Features, name: str) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import describe_shot, needs_shots, similarities
+from xpert.selectors._repeats import RepeatWalk
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -81,7 +82,7 @@ class KShot:
         meter = BudgetMeter.of(budget, len(embeddings), features.lengths() if budget.in_tokens else None)
         cosines = similarities(embeddings, features.shot_embeddings())
         scores, order = self._rank(embeddings, features.shot_embeddings(), cosines)
-        walk = _Walk(embeddings, self.options.tau, self.block)
+        walk = RepeatWalk(embeddings, self.options.tau, self.block)
         if not self.options.refill:
             order = np.array(meter.walk(order.tolist()), dtype=np.int64)
             meter = BudgetMeter(meter.limit, meter.costs)
@@ -127,54 +128,6 @@ def _turns(cosines: Floats) -> Iterator[int]:
             taken[row] = True
             heads[shot] = head + 1
             yield row
-
-
-class _Walk:
-    """Takes rows in order, passing over those too like a kept one: one matrix product per block of rows.
-
-    Time O(m b d) for m rows walked and b kept; memory O(b d + block * b).
-    """
-
-    def __init__(self, embeddings: Floats, tau: float, block: int) -> None:
-        self.embeddings, self.tau, self.block = embeddings, tau, block
-        self.kept: list[int] = []
-        self.repeats: dict[int, int] = {}  # passed-over row -> position of the kept row it repeats
-        self._store = np.empty((0, embeddings.shape[1]), dtype=np.float32)
-
-    def run(self, order: NDArray[np.int64], meter: BudgetMeter) -> None:
-        for start in range(0, len(order), self.block):
-            if meter.full:
-                break
-            self._block(order[start : start + self.block], meter)
-
-    def _block(self, rows: NDArray[np.int64], meter: BudgetMeter) -> None:
-        vectors = self.embeddings[rows]
-        before = len(self.kept)
-        nearest = np.full(len(rows), -np.inf, dtype=np.float32)
-        which = np.zeros(len(rows), dtype=np.int64)
-        if before:
-            cosines = np.round(vectors @ self._store[:before].T, 6)
-            which = cosines.argmax(axis=1)
-            nearest = cosines[np.arange(len(rows)), which]
-        within = np.round(vectors @ vectors.T, 6)
-        for position, row in enumerate(rows.tolist()):
-            if meter.full:
-                return
-            if nearest[position] > self.tau:
-                self.repeats[row] = int(which[position])
-            elif meter.take(row):
-                self._keep(row)
-                nearer = within[position] > nearest
-                nearest[nearer] = within[position, nearer]
-                which[nearer] = len(self.kept) - 1
-
-    def _keep(self, row: int) -> None:
-        if len(self.kept) == len(self._store):
-            grown = np.empty((max(64, 2 * len(self._store)), self.embeddings.shape[1]), dtype=np.float32)
-            grown[: len(self.kept)] = self._store[: len(self.kept)]
-            self._store = grown
-        self._store[len(self.kept)] = self.embeddings[row]
-        self.kept.append(row)
 
 
 def _within(order: NDArray[np.int64], reach: float, meter: BudgetMeter) -> int:

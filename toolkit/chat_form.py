@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from xpert.errors import BadInput
 from xpert.records import Message, Row
 
-__all__ = ["answer_ids", "answer_lengths", "encode_example", "encode_examples", "encode_prompt", "end_of_turn"]
+__all__ = [
+    "answer_ids",
+    "answer_lead",
+    "answer_lengths",
+    "encode_example",
+    "encode_examples",
+    "encode_prompt",
+    "end_of_turn",
+]
 
 _MARK = "xpertanswerxpert"
 _BATCH = 1024
@@ -91,6 +99,11 @@ def answer_lengths(tokenizer: Any, responses: Iterable[str]) -> NDArray[np.int64
             flush()
     flush()
     return np.array(lengths, dtype=np.int64)
+
+
+def answer_lead(tokenizer: Any) -> str:
+    """What stands between a prompt and its answer: nothing in a chat template, a space in the plain form."""
+    return _form(tokenizer).lead
 
 
 def end_of_turn(tokenizer: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from xpert import plugins
 from xpert.array_cache import ArrayCache, Arrays
 from xpert.clustering import Clusters, cluster, cluster_count, telling_terms
 from xpert.config import Config, option
-from xpert.embedding import FittedEmbedder, open_embedder
+from xpert.embedding import FIELDS, EmbeddingPass, FittedEmbedder, ShardedEmbedder, open_embedder
 from xpert.errors import BadInput
 from xpert.progress import SILENT, Progress, Task
 from xpert.protocols import Embedder, Executor, Floats, RowPass
@@ -35,13 +35,6 @@ if TYPE_CHECKING:
     from xpert.data import Pool
 
 __all__ = ["FIELDS", "FeatureOptions", "Features", "estimate_tokens"]
-
-FIELDS: dict[str, Callable[[str, str], str]] = {
-    "prompt": lambda prompt, response: prompt,
-    "response": lambda prompt, response: response,
-    "both": lambda prompt, response: f"{prompt}\n{response}",
-}
-"""What of a row is embedded: (prompt, response) -> text."""
 
 _TOKENS_PER_WORD = 1.3
 _TOLD_ROWS = 100
@@ -152,12 +145,25 @@ class Features:
 
     def _embed_pool(self) -> Arrays:
         embedder = self._embedder
+        if isinstance(embedder, ShardedEmbedder):
+            return {"rows": _checked(self._embed_shards(embedder), len(self.pool))}
         texts = self._pool_texts()
         if isinstance(embedder, FittedEmbedder) and not self._restored(embedder):
             rows = self._fit(embedder, texts)
         else:
             rows = self._fitted().embed(texts, self.progress)
         return {"rows": _checked(rows, len(self.pool))}
+
+    def _embed_shards(self, embedder: ShardedEmbedder) -> Floats:
+        """The heavy part by the executor, shard by shard; the shards, which the array then holds, are dropped."""
+        options = self.options
+        row_pass = EmbeddingPass(options.embedder, options.embed_field, options.base, self.seed, embedder)
+        rows = embedder.settle(self.compute(row_pass, np.arange(len(self.pool), dtype=np.int64))["rows"])
+        if isinstance(embedder, FittedEmbedder):
+            self._cache.put("embedder", self._embedding_key, embedder.state())
+        self._ready = True
+        self._store(row_pass).drop()
+        return rows
 
     def _fitted(self) -> Embedder:
         """The embedder, fitted on the pool or restored as it was fitted."""

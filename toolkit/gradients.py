@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from xpert.lora_gradients import RowExamples
 
-__all__ = ["ExactScores", "GradientNorms", "GradientOptions", "GradientPass", "gradient_dtype"]
+__all__ = ["AdapterGradients", "ExactScores", "GradientNorms", "GradientOptions", "GradientPass", "gradient_dtype"]
 
 SHARD_ROWS = 64
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
@@ -85,7 +85,7 @@ class GradientPass:
         from xpert.sketches import Sketch
 
         options = self.options
-        gradients = _AdapterGradients(self.base, self.checkpoints, self.form, options.dtype, device)
+        gradients = AdapterGradients(self.base, self.checkpoints, self.form, options.dtype, device)
         place = str(gradients.lm.device)
         sketch = Sketch(gradients.sizes, options.sketch_dim, kind=options.sketch, seed=options.seed, device=place)
 
@@ -134,7 +134,7 @@ class ExactScores:
         return {**_key(self.base, self.checkpoints, settings), "targets": texts, "groups": hash_json(list(self.groups))}
 
     def open(self, device: str) -> RowWorker:
-        gradients = _AdapterGradients(self.base, self.checkpoints, self.form, self.dtype, device)
+        gradients = AdapterGradients(self.base, self.checkpoints, self.form, self.dtype, device)
         targets = self._targets(gradients)
         groups = max(self.groups) + 1
 
@@ -153,7 +153,7 @@ class ExactScores:
 
         return work
 
-    def _targets(self, gradients: _AdapterGradients) -> list[dict[str, torch.Tensor]]:
+    def _targets(self, gradients: AdapterGradients) -> list[dict[str, torch.Tensor]]:
         """Per checkpoint, parameter name -> [G, size]: the mean over each group of the targets' unit gradients."""
         groups = np.array(self.groups)
         # One row a batch: a whole gradient is held at a time, and only here.
@@ -220,7 +220,7 @@ class GradientNorms:
         return work
 
 
-class _AdapterGradients:
+class AdapterGradients:
     """A base model and the adapters of some checkpoints: gradients of rows, batch by batch, at each of them."""
 
     def __init__(self, base: str, checkpoints: Sequence[Checkpoint], form: str, dtype: str, device: str) -> None:

@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("selector", "xpert.selectors", also=("scorer", "xpert.selectors._ranked", "ranked")),
         Kind("scorer", "xpert.selectors.scorers"),
+        Kind("orderer", "xpert.exemplars"),
         Kind("embedder", "xpert.embedders"),
         Kind("executor", "xpert.executors"),
         Kind("router", "xpert.experts.routers"),

@@ -27,6 +27,10 @@ __all__ = [
     "Engine",
     "EngineRequest",
     "Executor",
+    "ExemplarOrderer",
+    "ExemplarTask",
+    "Exemplars",
+    "ListScore",
     "Piece",
     "RoutableExpert",
     "Route",
@@ -116,7 +120,8 @@ class Scorer(Protocol):
     """A number per row, higher is better: what selectors rank by, draw by, or take as a bandit's reward.
 
     Lazy: `score` costs only the rows it is asked for. Every scorer is a method of `xpert select` as well, which takes
-    the best rows. Class attributes as of a Selector.
+    the best rows. Class attributes as of a Selector. A scorer may also have `log() -> Sequence[Mapping[str, Any]]`,
+    read after scoring: what it learned or counted, for `--explain`.
     """
 
     Options: ClassVar[type[Config]]
@@ -137,6 +142,67 @@ class Scorer(Protocol):
 
     def explain(self, row: int) -> str:
         """A few words on the score of a row that was scored before."""
+
+
+# ── exemplars ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class ListScore:
+    """How the base model does on rows with known answers when a list of exemplars stands in its prompt.
+
+    log_likelihood <= 0: mean over the rows of the mean log-probability of an answer token, in nats; accuracy in
+    [0, 1]: the share of rows that greedy decoding answers with exactly the known tokens.
+    """
+
+    log_likelihood: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ExemplarTask:
+    """What exemplars are ordered for: row i of the features' pool is shot i.
+
+    `queries` are the prompts to be answered; where `score` is there they carry answers, and `score(rows)` tells how
+    well the base model answers them with the shots `rows`, in that order, in its prompt.
+    """
+
+    shots: Shots
+    features: Features
+    queries: tuple[Row, ...] = ()
+    score: Callable[[Sequence[int]], ListScore] | None = None
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """An ordered list of shots for a prompt, the last one next to the question.
+
+    rows [k] int64 shot indices without repeats; reasons [k], a few words each; score: the method's own value of the
+    list, higher is better; log: one mapping per round. `query` is the one the list is for, None where it is for all.
+    """
+
+    rows: NDArray[np.int64]
+    reasons: Sequence[str]
+    score: float
+    query: int | None = None
+    log: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+
+class ExemplarOrderer(Protocol):
+    """Which shots stand in a prompt, and in what order.
+
+    Class attributes as of a Selector; `needs` names what is read, of {"embeddings", "base", "queries", "score"}.
+    """
+
+    Options: ClassVar[type[Config]]
+    needs: ClassVar[frozenset[str]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def order(self, task: ExemplarTask, count: int, rng: np.random.Generator) -> list[Exemplars]:
+        """Lists of `count` shots: one for all queries, or one per query in their order."""
 
 
 # ── passes of a model over rows ──────────────────────────────────────────────────────────────────────────────────

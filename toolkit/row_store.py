@@ -19,6 +19,9 @@ __all__ = ["RowStore"]
 
 Ints = NDArray[np.int64]
 
+_ROWS = "of-rows"
+"""The array of each shard that says which rows the others are of."""
+
 
 class RowStore:
     """The arrays of one pass over a pool of `rows` rows; row by row there or not.
@@ -50,11 +53,11 @@ class RowStore:
         wrong = [name for name, array in arrays.items() if len(array) != len(rows)]
         if wrong or not arrays:
             raise ValueError(f"a pass over {len(rows)} rows gave {wrong or 'nothing'} of another length")
-        content: Arrays = {"rows": np.asarray(rows, np.int64), **arrays}
+        content: Arrays = {_ROWS: np.asarray(rows, np.int64), **arrays}
         if self.folder is None:
             self._know(content)
             return
-        name = f"shard-{hash_json(content['rows'].tolist())[:24]}"
+        name = f"shard-{hash_json(content[_ROWS].tolist())[:24]}"
         target = self.folder / name
         try:
             with draft_folder(target) as draft:
@@ -74,15 +77,22 @@ class RowStore:
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             for name, array in self._shards[shard].items():
-                if name == "rows":
+                if name == _ROWS:
                     continue
                 if name not in found:
                     found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
                 found[name][here] = array[self._place[rows[here]]]
         return found
 
+    def drop(self) -> None:
+        """Forgets all rows and removes what was stored."""
+        self._shards.clear()
+        self._shard_of[:] = -1
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def _know(self, shard: Arrays) -> None:
-        rows = np.asarray(shard["rows"])
+        rows = np.asarray(shard[_ROWS])
         self._shard_of[rows] = len(self._shards)
         self._place[rows] = np.arange(len(rows))
         self._shards.append(shard)
@@ -90,7 +100,7 @@ class RowStore:
     def _open(self, path: Path, progress: Progress) -> None:
         try:
             shard = read_arrays(path)
-            rows = np.asarray(shard["rows"])
+            rows = np.asarray(shard[_ROWS])
             if not len(rows) or rows.min() < 0 or rows.max() >= len(self._shard_of):
                 raise ValueError("its rows are not of this pool")
         except (ValueError, EOFError, KeyError, TypeError, AttributeError, OSError, BadInput) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from xpert.data import Pool, PoolOptions
     from xpert.features import FeatureOptions, Features
 
-__all__ = ["SelectionFolder", "read_selection", "select"]
+__all__ = ["SelectionFolder", "choose", "open_method", "read_selection", "select"]
 
 
 def select(
@@ -53,6 +54,8 @@ def select(
     pool_options: PoolOptions | None = None,
     seed: int = 0,
     device: str = "auto",
+    executor: str = "local",
+    workers: int | None = None,
     report: bool = True,
     progress: Progress = SILENT,
 ) -> SelectionFolder:
@@ -68,11 +71,9 @@ def select(
 
     out = Path(out)
     parsed = Budget.parse(budget) if isinstance(budget, str) else budget
-    selector_class = plugins.load("selector", method)
-    options = selector_class.Options.from_mapping(dict(params or {}), where=f"method {method}")
-    selector = selector_class(options)
+    selector, written = open_method(method, params or {})
     given = read_shots(shots) if isinstance(shots, str | Path) else shots
-    if "shots" in selector_class.needs and not given:
+    if "shots" in selector.needs and not given:
         raise BadInput(f"method {method!r} needs shots", hint="give the examples of the task by --shots FILE")
     if not _is_selection(out):
         check_output(out)
@@ -83,18 +84,28 @@ def select(
         inputs={"pool": pool.fingerprint, "shots": given.fingerprint if given else None},
         config={
             "method": method,
-            "params": options.to_dict(),
+            "params": written,
             "budget": str(parsed),
             "features": feature_options.to_dict(),
             "report": report,
         },
         seed=seed,
+        needs_clusters="clusters" in selector.needs,
     )
     if _is_selection(out):
         return _reuse(out, run, progress)
 
     excluded, why = overlapping_rows(pool, given) if given else (np.empty(0, dtype=np.int64), [])
-    whole = Features(pool, feature_options, shots=given, device=device, seed=seed, progress=progress)
+    whole = Features(
+        pool,
+        feature_options,
+        shots=given,
+        device=device,
+        seed=seed,
+        progress=progress,
+        executor=executor,
+        workers=workers,
+    )
     started = time.perf_counter()
     selection = choose(selector, whole, given, parsed, seed=seed, excluded=excluded)
     # What the method asked of the features is counted there.
@@ -105,6 +116,22 @@ def select(
             write_jsonl(draft / LEFT_OUT, [{"id": key, "reason": reason} for key, reason in left_out])
         _write(draft, run, whole, selection, given, excluded=len(excluded), report=report)
     return read_selection(out)
+
+
+def open_method(method: str, params: Mapping[str, Any]) -> tuple[Selector, Any]:
+    """A method's selector, and its parameters with every default as plain JSON.
+
+    `method` is a plug-in's name, or a pipeline: a `.yaml` file of steps, which takes no parameters beside its own.
+    """
+    if method.endswith((".yaml", ".yml")):
+        if params:
+            raise BadInput("a pipeline takes no --param", where=method, hint="write `params:` into its steps")
+        # By its name, since toolkit imports no selector.
+        pipeline = importlib.import_module("xpert.selectors._pipeline").read_pipeline(method)
+        return pipeline, pipeline.written()
+    selector_class = plugins.load("selector", method)
+    options = selector_class.Options.from_mapping(dict(params), where=f"method {method}")
+    return selector_class(options), options.to_dict()
 
 
 def choose(
@@ -174,6 +201,7 @@ class _Run:
     inputs: dict[str, Any]
     config: dict[str, Any]
     seed: int
+    needs_clusters: bool
 
     def __post_init__(self) -> None:
         self.timings: dict[str, float] = {}
@@ -212,7 +240,7 @@ def _write(
     excluded: int,
     report: bool,
 ) -> None:
-    needs_clusters = report or "clusters" in plugins.load("selector", run.config["method"]).needs
+    needs_clusters = report or run.needs_clusters
     labels = features.clusters().labels[selection.rows] if needs_clusters else None
     rows = features.pool.rows(selection.rows.tolist())
     write_jsonl(draft / SELECTED, _marked(rows, selection, labels))

@@ -69,16 +69,14 @@ def _top_columns(block: Floats, k: int) -> NDArray[np.int64]:
     width = block.shape[1]
     if k >= width:
         return np.argsort(-block, axis=1, kind="stable")
-    columns = np.argpartition(block, width - k, axis=1)[:, width - k :]
-    columns.sort(axis=1)
+    # Partitioning values and reading off where they stand is several times as fast as partitioning indices.
+    threshold = np.partition(block, width - k, axis=1)[:, width - k, None]
+    kept = block >= threshold
+    # Where the k-th largest value stands more than once in a row, the last ones of them are too many.
+    for row in np.flatnonzero(np.count_nonzero(kept, axis=1) > k):
+        equal = np.flatnonzero(block[row] == threshold[row])
+        kept[row, equal[k - np.count_nonzero(block[row] > threshold[row]) :]] = False
+    columns = np.flatnonzero(kept).reshape(len(block), k) - width * np.arange(len(block))[:, None]
     values = np.take_along_axis(block, columns, axis=1)
-    # Where the k-th largest value stands more than once in a row, the partition may have kept the wrong ones of them.
-    threshold = values.min(axis=1, keepdims=True)
-    tied = (block == threshold).sum(axis=1) > (values == threshold).sum(axis=1)
-    for row in np.flatnonzero(tied):
-        above = np.flatnonzero(block[row] > threshold[row])
-        equal = np.flatnonzero(block[row] == threshold[row])[: k - len(above)]
-        columns[row] = np.sort(np.concatenate([above, equal]))
-        values[row] = block[row, columns[row]]
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(columns, order, axis=1)

@@ -30,6 +30,7 @@ __all__ = [
     "hash_file",
     "hash_json",
     "hash_texts",
+    "manifest_value",
     "package_versions",
     "read_json",
     "read_manifest",
@@ -162,7 +163,24 @@ def write_manifest(
     timings: Mapping[str, float] | None = None,
 ) -> None:
     """`manifest.json`: how an artifact came to be. `inputs` name what it was made of by content hash."""
-    value = {
+    value = manifest_value(
+        kind, schema=schema, inputs=inputs, config=config, seed=seed, figures=figures, timings=timings
+    )
+    write_json(folder / MANIFEST, value)
+
+
+def manifest_value(
+    kind: str,
+    *,
+    schema: int = 1,
+    inputs: Mapping[str, Any],
+    config: Mapping[str, Any],
+    seed: int | None,
+    figures: Mapping[str, Any] | None = None,
+    timings: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What a manifest says; for an artifact that is one file it stands beside it."""
+    return {
         "kind": kind,
         "schema": schema,
         "inputs": dict(inputs),
@@ -173,7 +191,6 @@ def write_manifest(
         "versions": package_versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(folder / MANIFEST, value)
 
 
 def read_manifest(folder: Path, kind: str, *, schema: int = 1) -> dict[str, Any]:

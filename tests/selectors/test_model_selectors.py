@@ -18,7 +18,15 @@ from xpert.records import Budget, Row, Shots
 from xpert.selection import choose
 
 # Small settings under which each method does all it does.
-SETTINGS: dict[str, dict[str, Any]] = {"less": {"epochs": 2, "rank": 4, "batch_size": 8, "sketch_dim": 256}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adapt": {"sketch_dim": 64, "keep": "90%"},
+    "kmq-iterative": {"rounds": 2, "rank": 4},
+    "datainf": {"inverted_rows": 20, "rank": 4},
+    "ekfac": {"factor_rows": 20},
+    "less": {"epochs": 2, "rank": 4, "batch_size": 8, "sketch_dim": 256},
+    "quad": {"reward_params": "epochs=1,rank=4,batch-size=8,sketch-dim=256", "batch": 2},
+    "clusterucb": {"reward_params": "epochs=1,rank=4,batch-size=8,sketch-dim=256", "evaluate": "40%"},
+}
 MODEL_READERS = [
     name
     for name in plugins.names("selector")

@@ -18,25 +18,46 @@ from xpert.protocols import Selection
 from xpert.records import Budget, Message, Row, Shots
 from xpert.selection import choose
 
-# Those that read rows with a model have a suite of their own (test_model_selectors.py).
-PLAIN = [n for n in plugins.names("selector") if not plugins.load("selector", n).needs & {"base", "judge"}]
+# Those that read rows with a model have a suite of their own (test_model_selectors.py), and so has the one that learns
+# from judgements (test_qurating.py).
+PLAIN = [
+    name
+    for name in plugins.names("selector")
+    if not plugins.load("selector", name).needs & {"base", "judge"} and name != "qurating"
+]
 # Settings beside the defaults that are methods of their own.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("facility", {"mode": "exact"}),
     ("facility", {"mode": "sparse", "neighbours": 5}),
     ("facility", {"mode": "shots"}),
     ("facility", {"similarity": "shifted"}),
+    ("dpp", {"ridge": 0.0}),
+    ("dpp", {"quality": "length"}),
+    ("dsir", {"gumbel": False, "min_words": 3}),
+    ("ideal", {"p": 0.5, "samples": 5, "neighbours": 3}),
     ("kcenter", {"start": "medoid"}),
     ("kmq", {"quality": "shots", "share": "equal"}),
     ("kmq", {"quality": "length"}),
     ("kshot", {"order": "nearest"}),
     ("kshot", {"order": "mean", "tau": 0.3, "reach": 100.0}),
+    ("qdit", {"quality": "similarity", "alpha": 0.2, "similarity": "shifted"}),
+    ("qdit", {"quality": "similarity", "alpha": 1.0}),
+    ("semdedup", {"keep": "easy", "eps": 0.2}),
+    ("semdedup", {"keep": "random"}),
+    ("votek", {"neighbours": 20}),
+    ("votek", {"stage": "full", "uncertainty": "length"}),
+    ("adapt", {"scorers": ("length", "complexity"), "cluster_by": "embeddings", "keep": "80%"}),
+    ("quad", {"reward": "similarity"}),
+    ("quad", {"reward": "similarity", "policy": "thompson", "claim": 5}),
+    ("clusterucb", {"reward": "similarity"}),
+    ("clusterucb", {"reward": "length", "policy": "thresh-hard", "evaluate": "50%"}),
 ]
 every_selector = pytest.mark.parametrize(
     ("name", "params"), VARIANTS, ids=[" ".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in VARIANTS]
 )
-DRAWN = {"random", "kmq"}  # the draw follows a row's place, not its content
-TIED = {"length"}  # many rows score alike, and the lowest index goes first
+# The draw follows a row's place, not its content.
+DRAWN = {"random", "kmq", "dsir", "ideal", "adapt", "quad", "clusterucb"}
+TIED = {"length", "complexity"}  # many rows score alike, and the lowest index goes first
 unhurried = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -152,7 +173,11 @@ def test_the_order_of_the_pool_does_not_matter(name: str, params: dict[str, Any]
         assert found.scores.sum() == pytest.approx(of_moved.scores.sum(), rel=0.01)
     elif name in TIED:
         assert found.scores.tolist() == of_moved.scores.tolist()
-    elif name not in DRAWN:
+    elif name == "votek":  # votes are whole numbers, and many rows have as many
+        assert found.scores[0] == of_moved.scores[0]
+    elif params.get("ridge") == 0:  # eight dimensions: no further row adds volume, and the lowest index goes first
+        assert found.rows[:8].tolist() == order[of_moved.rows[:8]].tolist()
+    elif name not in DRAWN and params.get("keep") != "random":
         assert found.rows.tolist() == order[of_moved.rows].tolist()
 
 
@@ -191,7 +216,8 @@ def test_a_budget_that_does_not_fit_is_refused(name: str, params: dict[str, Any]
 @every_selector
 def test_what_a_method_needs_is_said(name: str, params: dict[str, Any]) -> None:
     plugin = plugins.load("selector", name)
-    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths"}
+    # With a scorer as a parameter, a method that reads rows with a model by default may do without.
+    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", *({"base"} if params else set())}
     assert plugin.cost
     assert plugin.source
     asked: set[str] = set()

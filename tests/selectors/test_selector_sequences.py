@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from xpert.budgeting import BudgetMeter, allocate
 from xpert.selectors._coverage import SIMILARITIES, Coverage, GraphCoverage, take_greedily
+from xpert.selectors._repeats import RepeatWalk
 from xpert.selectors._spreading import spread, top
-from xpert.selectors.kshot import _turns, _Walk
+from xpert.selectors.kshot import _turns
 
 few = settings(max_examples=15, deadline=None)
 
@@ -130,7 +131,7 @@ def test_the_radius_never_rises(seed: int) -> None:
 @given(seed=st.integers(0, 10_000), tau=st.floats(-0.5, 1), block=st.integers(1, 70))
 def test_passing_over_repeats_is_the_plain_loop(seed: int, tau: float, block: int) -> None:
     embeddings = points(60, seed, d=4)
-    walk = _Walk(embeddings, tau, block)
+    walk = RepeatWalk(embeddings, tau, block)
     order = np.random.default_rng(seed).permutation(60)
     walk.run(order, BudgetMeter(25))
     cosines = np.round(embeddings @ embeddings.T, 6)

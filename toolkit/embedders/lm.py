@@ -49,7 +49,12 @@ class LanguageModelStates:
         self.fit_embed(texts)
 
     def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
-        raw = self._states(texts, progress)
+        return self.settle(self._states(texts, progress))
+
+    def raw(self, texts: Sequence[str]) -> Floats:
+        return self._states(texts, SILENT)
+
+    def settle(self, raw: Floats) -> Floats:
         self._mean = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
         return self._centred(raw)
 

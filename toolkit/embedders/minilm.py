@@ -37,6 +37,12 @@ class MiniLm:
     def fit(self, texts: Sequence[str]) -> None:
         """Nothing to learn: the model comes trained."""
 
+    def raw(self, texts: Sequence[str]) -> Floats:
+        return self.embed(texts)
+
+    def settle(self, rows: Floats) -> Floats:
+        return rows
+
     def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         model, tokenizer, longest = self._loaded
         encoded = [

@@ -43,6 +43,12 @@ class SentenceTransformers:
     def fit(self, texts: Sequence[str]) -> None:
         """Nothing to learn: the model comes trained."""
 
+    def raw(self, texts: Sequence[str]) -> Floats:
+        return self.embed(texts)
+
+    def settle(self, rows: Floats) -> Floats:
+        return rows
+
     def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         blocks = []
         with progress.task(f"embedding ({self._name})", total=len(texts)) as task:

@@ -66,6 +66,7 @@ def write_selection_report(
             for i, row in enumerate(selection.rows[:SAMPLES])
         ],
         missed=_missed(features, selection),
+        pulls=_pulls(features, selection),
         manifest=json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )
 
@@ -134,6 +135,31 @@ def _clusters(features: Features, selection: Selection) -> tuple[list[dict[str, 
     return rows, left
 
 
+def _pulls(features: Features, selection: Selection) -> dict[str, Any] | None:
+    """What a bandit pulled, from its log: most pulled arms first; None for other methods."""
+    total = next((entry for entry in selection.log if entry.get("step") == "evaluations"), None)
+    if total is None:
+        return None
+    arms = sorted(
+        (entry for entry in selection.log if entry.get("step") == "arm"), key=lambda arm: (-arm["pulls"], arm["arm"])
+    )
+    terms = features.clusters().terms
+    worth = [arm["mean reward"] for arm in arms if arm["mean reward"] is not None]
+    low, high = min(worth, default=0.0), max(worth, default=0.0)
+    rows = [
+        {
+            **arm,
+            "terms": ", ".join(terms[arm["arm"]]),
+            "mean": arm["mean reward"],
+            "place": None if arm["mean reward"] is None else (arm["mean reward"] - low) / ((high - low) or 1.0),
+        }
+        for arm in arms[:CLUSTERS_SHOWN]
+    ]
+    rest = arms[CLUSTERS_SHOWN:]
+    left = f"{len(rest)} more clusters were pulled {sum(arm['pulls'] for arm in rest):,} times." if rest else ""
+    return {"arms": rows, "left": left, **total}
+
+
 def _score_chart(selection: Selection) -> Any:
     groups: dict[str, tuple[str, Any]] = {}
     if selection.pool_scores is not None:
@@ -150,7 +176,9 @@ def _missed(features: Features, selection: Selection) -> list[dict[str, Any]]:
     scores = np.where(np.isfinite(selection.pool_scores), selection.pool_scores, -np.inf)
     scores[selection.rows] = -np.inf
     order = np.argsort(-scores, kind="stable")[:SAMPLES]
-    worst = float(selection.pool_scores[selection.rows].min()) if len(selection.rows) else 0.0
+    # A bandit may have taken rows that it never scored.
+    taken = selection.pool_scores[selection.rows]
+    worst = float(np.nanmin(taken)) if np.isfinite(taken).any() else np.inf
     return [
         _sample(
             features,

@@ -1,0 +1,112 @@
+"""Rows whose learning would lower the shots' loss, by DataInf's closed form on the gradients of an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xpert.config import Config, option
+from xpert.gradients import gradient_dtype
+from xpert.influence.datainf import DatainfScores, datainf_targets
+from xpert.influence.stored import kept_folder
+from xpert.lora_training import LoraOptions, warm_up
+from xpert.protocols import Floats
+from xpert.records import Shots
+from xpert.selectors._anchors import needs_shots
+from xpert.selectors.scorers.less import shot_groups, warm_up_rows
+
+if TYPE_CHECKING:
+    from xpert.features import Features
+
+__all__ = ["PLUGIN"]
+
+_NO_ROOM = "its prompt leaves no room for the answer"
+
+
+@dataclass(frozen=True)
+class DatainfOptions(Config):
+    warmup: float = option(
+        0.0,
+        "share of the pool that the adapter is trained on first; 0: a random A alone, and gradients of B",
+        minimum=0,
+        maximum=1,
+    )
+    epochs: int = option(1, "passes of the warm-up over these rows", minimum=1)
+    inverted_rows: int = option(256, "rows of the pool, drawn by content, whose gradients are inverted", minimum=1)
+    normalise: bool = option(False, "divide by the length of the row's gradient, which short answers have longer")
+    group: str = option("skill", "column by which shots are grouped: a row counts by its best group; none: one group")
+    rank: int = option(8, "rank of the adapter", minimum=1)
+    alpha: int = option(16, "scale of the adapter; its updates are multiplied by alpha / rank", minimum=1)
+    layers: tuple[str, ...] = option(
+        ("attention",), "layers that are adapted: attention, mlp, all, or names such as q_proj,v_proj"
+    )
+    learning_rate: float = option(2e-4, "highest learning rate of the warm-up", minimum=0)
+    batch_size: int = option(16, "rows per step of the warm-up", minimum=1)
+    dtype: str = option(
+        "auto",
+        "of the base while rows are scored; auto is bfloat16 where the device multiplies in it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+class Datainf:
+    """How much the shots' loss would fall for a small step on a row, under the mean of the rows' own inverses.
+
+    Gradients are those of a LoRA adapter: a seeded random one, of which only B has any, or one trained on a share of
+    the pool. score(z) = max over groups of shots of sum_l <h_l, grad_l L(z)>, h in closed form from `inverted_rows`
+    rows of the pool; higher helps. Shots without a value in the column `skill` are one group; where there are
+    several, each group's direction has unit length. Not scored: rows whose prompt leaves no room for the answer.
+    """
+
+    Options: ClassVar[type[Config]] = DatainfOptions
+    needs: ClassVar[frozenset[str]] = frozenset({"shots", "base"})
+    cost: ClassVar[str] = "two forward and backward passes of the base per row inverted, kept; then one per row scored"
+    source: ClassVar[str] = "DataInf: Kwon et al. 2024, arXiv:2310.00902"
+
+    def __init__(self, options: DatainfOptions) -> None:
+        self.options = options
+        self._known: dict[int, tuple[float, int]] = {}
+
+    def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
+        options, base, limit = self.options, features.base(), features.options.max_length
+        given = needs_shots("datainf", shots)
+        self._features = features
+        self._names, groups = shot_groups(given, options.group)
+        pool, folder, seed = features.pool, kept_folder(features.folder, self), features.seed
+        settings = LoraOptions(
+            rank=options.rank,
+            alpha=options.alpha,
+            layers=options.layers,
+            epochs=options.epochs,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            max_length=limit,
+        )
+        count = min(len(pool), max(round(options.warmup * len(pool)), options.batch_size)) if options.warmup else 0
+        where = {"device": features.device, "progress": features.progress}
+        checkpoint = warm_up(base, warm_up_rows(pool, count, seed), settings, folder, seed=seed, **where)[-1]
+        rows = warm_up_rows(pool, min(options.inverted_rows, len(pool)), seed)
+        targets = datainf_targets(base, checkpoint, rows, given.rows, groups, folder, max_length=limit, **where)
+        self._pass = DatainfScores(base, checkpoint, targets, limit, gradient_dtype(options.dtype, features.device))
+
+    def score(self, rows: NDArray[np.int64]) -> Floats:
+        found = self._features.compute(self._pass, rows)
+        each = found["scores"]
+        if self.options.normalise:
+            each = each / np.maximum(found["norm"], np.finfo(np.float32).tiny)[:, None]
+        best = each.argmax(axis=1)
+        scores = each[np.arange(len(rows)), best].astype(np.float32)
+        self._known.update(zip(rows.tolist(), zip(scores.tolist(), best.tolist(), strict=True), strict=True))
+        return scores
+
+    def explain(self, row: int) -> str:
+        score, group = self._known[row]
+        if not np.isfinite(score):
+            return _NO_ROOM
+        return f"influence {score:.3g}" + (f" on {self._names[group]}" if len(self._names) > 1 else "")
+
+
+PLUGIN = Datainf

@@ -1,0 +1,1 @@
+"""Orderers of exemplars, one file each: which labelled shots stand in a prompt, and in what order."""
