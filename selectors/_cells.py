@@ -40,13 +40,13 @@ class CellGraph:
     kept: float  # the share, as in KEPT, within them
 
 
-def k_means_cells(embeddings: Floats, seed: int, *, iterations: int = 20) -> list[Ints]:
+def k_means_cells(embeddings: Floats, seed: int, *, rough: bool = False) -> list[Ints]:
     """Rows, ascending, of each of about n / 400 clusters."""
     from xpert.clustering import cluster, cluster_count, different_rows
 
     # As many as `clusters` accepts: a pool of few different rows gets fewer.
     wanted = different_rows(embeddings, max(1, round(len(embeddings) / ROWS_PER_CELL)))
-    labels, _ = cluster(embeddings, cluster_count(str(wanted), embeddings), seed=seed, iterations=iterations)
+    labels, _ = cluster(embeddings, cluster_count(str(wanted), embeddings), seed=seed, rough=rough)
     order = np.argsort(labels, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return [part.astype(np.int64) for part in parts]
@@ -58,7 +58,7 @@ def cell_graph(embeddings: Floats, share: int, width: int, rng: np.random.Genera
     Time O(n p d), p being the rows searched for one: 400 where the data have structure, and up to 20,000 where they
     have none. Memory O(n width).
     """
-    cells = k_means_cells(embeddings, int(rng.integers(2**31)), iterations=5)
+    cells = k_means_cells(embeddings, int(rng.integers(2**31)), rough=True)
     near = _nearest_cells(embeddings, cells)
     most = max(1, SEARCHED // ROWS_PER_CELL)
     searched, kept = _needed(embeddings, cells, near, min(share, width), most, rng)
