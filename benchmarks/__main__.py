@@ -53,6 +53,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
         "pool_build": ["--rows", "100000"],
+        "kcenter": ["--rows", "20000", "--budget", "300", "--repeats", "1"],
         "facility": ["--rows", "6000", "--budget", "300", "--repeats", "1"],
     }
 
