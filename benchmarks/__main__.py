@@ -54,6 +54,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "registry": ["--experts", "200"],
         "pool_build": ["--rows", "100000"],
         "kcenter": ["--rows", "20000", "--budget", "300", "--repeats", "1"],
+        "near_duplicates": ["--rows", "3000", "--repeats", "1"],
         "facility": ["--rows", "6000", "--budget", "300", "--repeats", "1"],
     }
 

@@ -27,8 +27,8 @@ def spread(
     A row's value never rises, so the `held` best rows are kept apart and chosen among for as long as their best is
     above all others' last known values; then all rows are brought up to date by one matrix product. The sequence is
     the plain loop's, but for rows whose values differ by what float32 cannot tell: cosines are rounded to six
-    decimals, so about 1e-6. Time O(n d b) for b taken, with about b / held passes where the values are spread out; memory
-    O(n + held * d).
+    decimals, so about 1e-6. Time O(n d b) for b taken, with about b / held passes where the values are spread out;
+    memory O(n + held * d).
     """
     if not meter.take(first):
         raise ValueError("the first row does not fit the budget")
