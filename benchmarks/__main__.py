@@ -60,6 +60,8 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "kmeans": ["--rows", "10000", "--clusters", "256", "--repeats", "1"],
         "near_rows": ["--rows", "20000", "--repeats", "1"],
         "dpp": ["--rows", "5000", "--wanted", "300", "--repeats", "1"],
+        "kcenter": ["--rows", "20000", "--budget", "300", "--repeats", "1"],
+        "near_duplicates": ["--rows", "3000", "--repeats", "1"],
         "facility": ["--rows", "6000", "--budget", "300", "--repeats", "1"],
     }
 

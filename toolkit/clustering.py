@@ -79,7 +79,8 @@ def cluster(embeddings: Floats, k: int, *, seed: int = 0, rough: bool = False) -
     Seeded by greedy k-means++, then Lloyd's iterations on samples that grow, each within the next: most of the way is
     gone on few rows (nested mini-batches, Newling and Fleuret 2016, arXiv:1602.02934). At most 256 rows per cluster,
     drawn by `seed`, are trained on; all rows are assigned. k must be at most the number of different rows (see
-    `cluster_count`). `rough` leaves out the iterations on more than 48 rows per cluster. The same seed and number of BLAS threads give the same clusters.
+    `cluster_count`). `rough` leaves out the iterations on more than 48 rows per cluster.
+    The same seed and number of BLAS threads give the same clusters.
     Time O((5 min(n, 256 k) + 250 k + n) k d).
     """
     rows = np.ascontiguousarray(embeddings, dtype=np.float32)
