@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from xpert.chat_form import encode_examples
 from xpert.data import pool_from_rows
@@ -23,7 +23,7 @@ from xpert.influence.kronecker import blocks_of
 from xpert.language_model import LanguageModel, load_model
 from xpert.linear_capture import linear_layers, make_batch, row_losses
 from xpert.records import Message, Row, Shots
-from xpert.selectors.scorers.ekfac import Ekfac
+from xpert.selectors.scorers.ekfac import Ekfac, EkfacOptions
 
 Gradients = dict[str, torch.Tensor]
 
@@ -126,7 +126,7 @@ def make_features(rows: Sequence[Row], base: Path, shots: Shots, cache: Path | N
 
 
 def scores_of(options: dict[str, Any], features: Features, shots: Shots) -> tuple[Any, Any]:
-    scorer = Ekfac(Ekfac.Options(factor_rows=30, **options))
+    scorer = Ekfac(EkfacOptions(factor_rows=30, **options))
     scorer.prepare(features, shots, np.random.default_rng(0))
     return scorer, scorer.score(np.arange(len(features.pool), dtype=np.int64))
 
@@ -162,7 +162,7 @@ def test_scores_are_kept_and_other_shots_find_the_curvature(
 def test_only_the_rows_asked_for_are_computed(tiny_base: Path, rows: list[Row]) -> None:
     shots = Shots(tuple(rows[150:153]))
     features = make_features(rows[:40], tiny_base, shots)
-    scorer = Ekfac(Ekfac.Options(factor_rows=10))
+    scorer = Ekfac(EkfacOptions(factor_rows=10))
     scorer.prepare(features, shots, np.random.default_rng(0))
     scorer.score(np.array([3, 7], np.int64))
     assert features.computed(scorer._groups.row_pass) == 2
@@ -213,7 +213,7 @@ def test_mistakes(mistake: str, tiny_base: Path, rows: list[Row]) -> None:
     options, message = MISTAKES[mistake]
     shots = Shots(tuple(rows[150:153]))
     with pytest.raises(BadInput, match=message):
-        scorer = Ekfac(Ekfac.Options(**options))
+        scorer = Ekfac(EkfacOptions(**options))
         scorer.prepare(make_features(rows[:10], tiny_base, shots), shots, np.random.default_rng(0))
 
 

@@ -50,7 +50,7 @@ def test_methods_are_compared_on_the_same_trainings_and_resumed(
     xpert: Run, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Trainer._train
-    done = []
+    done: list[int] = []
 
     def stopped(self: Trainer, rows: Any, seed: int, progress: Any) -> Any:
         if len(done) == 5:
@@ -61,7 +61,7 @@ def test_methods_are_compared_on_the_same_trainings_and_resumed(
     monkeypatch.setattr(Trainer, "_train", stopped)
     assert check(xpert, places, "--method", "similarity").exit_code == 130
     monkeypatch.setattr(Trainer, "_train", whole)
-    counted = []
+    counted: list[int] = []
     monkeypatch.setattr(
         Trainer, "_train", lambda self, rows, seed, progress: counted.append(seed) or whole(self, rows, seed, progress)
     )

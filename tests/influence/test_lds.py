@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from xpert.errors import BadInput
 from xpert.influence.lds import agreement, datamodeling_score, random_control, score_interval, spearman
 from xpert.influence.retraining import draw_subsets
 
 
-def linear_toy(rows: int = 48, subsets: int = 40, targets: int = 3, noise: float = 0.0, seed: int = 0) -> tuple:
+def linear_toy(
+    rows: int = 48, subsets: int = 40, targets: int = 3, noise: float = 0.0, seed: int = 0
+) -> tuple[Any, Any, Any]:
     """(scores [T, n], members [M, n], effects [T, M]) of a model whose effects are the sums of its rows' own."""
     rng = np.random.default_rng(seed)
     own = rng.standard_normal((targets, rows))
@@ -39,11 +43,11 @@ def test_least_squares_on_square_loss_is_foretold_by_influence() -> None:
     target_x, target_y = rng.standard_normal((8, d)), rng.standard_normal(8)
     members = draw_subsets(n, 0.5, 150, rng)
 
-    def solve(chosen: np.ndarray) -> np.ndarray:
+    def solve(chosen: Any) -> Any:
         a = x[chosen]
         return np.linalg.solve(a.T @ a + np.eye(d), a.T @ y[chosen])
 
-    def loss(w: np.ndarray) -> float:
+    def loss(w: Any) -> float:
         return float(((target_x @ w - target_y) ** 2).mean())
 
     effects = np.array([[-loss(solve(member)) for member in members]])
