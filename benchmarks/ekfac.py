@@ -1,6 +1,6 @@
 """EK-FAC influence beside kronfluence: how near it comes to the exact damped inverse, and examples per CPU second.
 
-    python benchmarks/ekfac.py [fidelity] [speed] [--exact-rows 100] [--rows 256] [--tokens 128] [--repeats 3] [--peers FOLDER]
+    python benchmarks/ekfac.py [fidelity] [speed] [--exact-rows 100] [--rows 256] [--repeats 3] [--peers FOLDER]
 
 Fidelity: a Llama of 12 hidden numbers and 2 layers (2,880 weights in its linear layers) is trained on a small task, so
 that the Gauss-Newton matrix of its mean answer loss over `--exact-rows` rows can be formed and inverted whole. The
