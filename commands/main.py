@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "select": ("selection", "Select rows for a task from a pool, anchored on its shots."),
     "shots": ("shots", "Pick which rows to label, or order labelled shots as exemplars for a prompt."),
     "methods": ("methods", "List the plug-ins of every seam, or explain one."),
+    "influence": ("influence", "Measure how far scores of rows can be trusted on a model."),
     "train": ("train", "Train a LoRA expert on a selection."),
     "profile": ("profiling", "Score an expert and its base per skill."),
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),

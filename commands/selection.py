@@ -117,9 +117,10 @@ def _compared(name: str, figures: Any, width: int) -> str:
     similar, alike = (
         "-" if value is None else f"{value:.3f}" for value in (figures.get("shot_similarity"), figures["alike"])
     )
+    seconds = "-" if figures["cpu_seconds"] is None else f"{figures['cpu_seconds']:.2f}"
     return (
         f"{name:<{width}}  {figures['rows']:>7,}  {figures['tokens']:>9,}  {similar:>8}  {alike:>6}"
-        f"  {figures['coverage']:>8.3f}  {figures['cpu_seconds']:>8.2f}"
+        f"  {figures['coverage']:>8.3f}  {seconds:>8}"
     )
 
 

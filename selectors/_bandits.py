@@ -20,7 +20,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Scorer, Selection
 from xpert.records import Budget
 from xpert.selectors._arms import Arms, Reals
-from xpert.selectors._scoring import check_scorer
+from xpert.selectors._scoring import check_scorer, scorer_settings
 
 __all__ = ["POLICIES", "BanditOptions", "conclude", "evaluations", "policy_option"]
 
@@ -66,6 +66,10 @@ class BanditOptions(Config):
                 f"evaluate is {self.evaluate!r}, but rows are scored, not tokens",
                 hint="write rows (2000) or a share (20%)",
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorer's own settings, which may hold the content of a file."""
+        return {**super().to_dict(), "reward_options": scorer_settings(self.reward, self.reward_params)}
 
 
 # ── policies: (arms, options, how many are wanted) -> index [k] ───────────────────────────────────────────────

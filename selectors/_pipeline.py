@@ -111,10 +111,13 @@ class _Run:
             raise BadInput(f"the filter {step.words()} leaves no row", hint="loosen it")
 
     def _in_column(self, rows: Ints, column: str, among: Sequence[str]) -> NDArray[np.bool_]:
+        return np.array([str(value) in among for value in self._column(rows, column)], dtype=bool)
+
+    def _column(self, rows: Ints, column: str) -> list[Any]:
         values = [row.columns.get(column) for row in self.features.pool.rows(rows.tolist())]
         if all(value is None for value in values):
             raise BadInput(f"no row has a column {column!r}", hint="name a column of the pool's rows")
-        return np.array([str(value) in among for value in values], dtype=bool)
+        return values
 
     def score(self, step: ScoreStep) -> None:
         rows = self.candidates
@@ -157,10 +160,8 @@ class _Run:
         if step.by == "cluster":
             labels = np.asarray(self.features.clusters().labels, np.int64)[rows]
         else:
-            values = [
-                str(row.columns.get(step.by.removeprefix("column "))) for row in self.features.pool.rows(rows.tolist())
-            ]
-            labels = np.unique(values, return_inverse=True)[1]
+            values = self._column(rows, step.by.removeprefix("column "))
+            labels = np.unique([str(value) for value in values], return_inverse=True)[1]
         members = [rows[labels == label] for label in np.unique(labels)]
         caps = np.array([self._holds(group) for group in members], dtype=np.int64)
         weights = np.array([1.0 if step.weights == "equal" else len(group) for group in members])

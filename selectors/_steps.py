@@ -11,7 +11,7 @@ from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
 from xpert.protocols import Selector
-from xpert.selectors._scoring import open_scorer
+from xpert.selectors._scoring import open_scorer, scorer_settings
 
 __all__ = ["AllocateStep", "FilterStep", "PickStep", "ScoreStep", "Step", "parse_steps", "read_steps"]
 
@@ -44,7 +44,7 @@ class FilterStep:
         return " ".join(f"{key.replace('_', '-')} {value}" for key, value in keys.items())
 
     def written(self) -> dict[str, Any]:
-        return {"filter": {**self.keys.to_dict(), "params": dict(self.params)}}
+        return {"filter": {**self.keys.to_dict(), "params": _settings(self.by, self.params)}}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class ScoreStep:
         return self.keys.scale
 
     def written(self) -> dict[str, Any]:
-        return {"score": {**self.keys.to_dict(), "of": dict(self.of), "params": dict(self.params)}}
+        params = {name: _settings(name, self.params.get(name, {})) for name in self.of}
+        return {"score": {**self.keys.to_dict(), "of": dict(self.of), "params": params}}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,10 @@ class PickStep:
         return _open_selector(self.keys.method, self.params)
 
     def written(self) -> dict[str, Any]:
-        return {"pick": {**self.keys.to_dict(), "params": dict(self.params)}}
+        if self.keys.method is None:
+            return {"pick": {**self.keys.to_dict(), "params": _settings(self.best, self.params)}}
+        options = plugins.load("selector", self.keys.method).Options.from_mapping(self.params)
+        return {"pick": {**self.keys.to_dict(), "params": options.to_dict()}}
 
 
 Step = FilterStep | ScoreStep | AllocateStep | PickStep
@@ -288,6 +292,11 @@ def _score_needs(name: str, params: Mapping[str, Any], known: _Known) -> frozens
     if name not in plugins.names("scorer"):
         raise unknown("scorer or score step", name, [*plugins.names("scorer"), *known.scores])
     return open_scorer(name, params).needs
+
+
+def _settings(name: str | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A scorer's options in full, as a manifest holds them; a score step, written before, has none."""
+    return scorer_settings(name, params) if name in plugins.names("scorer") else {}
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from xpert.protocols import Floats, Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import fitting, similarities
 from xpert.selectors._scaling import scaled
-from xpert.selectors._scoring import check_scorer, prepared_scorer
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 from xpert.selectors._spreading import top
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ class DPPOptions(Config):
             check_scorer(self.quality, self.quality_params)
         elif self.quality_params or self.theta != 0.5:
             raise BadInput("theta and quality-params have no part without quality", hint="give quality=SCORER as well")
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorer's own settings, which may hold the content of a file."""
+        found = {} if self.quality is None else scorer_settings(self.quality, self.quality_params)
+        return {**super().to_dict(), "quality_options": found}
 
 
 class DPP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,16 @@ from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._anchors import nearest_shots, needs_shots
-from xpert.selectors._coverage import HELD, SIMILARITIES, Cover, Coverage, GraphCoverage, take_greedily
+from xpert.selectors._cells import ROWS_PER_CELL, cell_graph, k_means_cells
+from xpert.selectors._coverage import (
+    HELD,
+    SIMILARITIES,
+    Cover,
+    Coverage,
+    GraphCoverage,
+    SquareCoverage,
+    take_greedily,
+)
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -24,18 +34,24 @@ __all__ = ["PLUGIN"]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-ROWS_PER_BLOCK = 400
 EXACT_GRAPH = 10_000
-"""Up to so many rows the neighbour graph is exact; above, an inverted-file index finds it."""
+"""Up to so many rows the graph of mode sparse is exact; above, an inverted-file index finds it."""
+EXACT = 4_096
+"""Up to so many rows mode cells is exact: that costs no more."""
+SQUARE = 2**29
+"""Similarities that mode exact holds at most: 2 GB, all of 23,170 rows."""
+LEAST_WIDTH, MOST_WIDTH = 64, 256
+_HIGHEST_FLOOR = 0.5
 
 
 @dataclass(frozen=True)
 class FacilityOptions(Config):
     mode: str = option(
-        "blocks",
-        "blocks: inside k-means blocks of about 400 rows; exact: over the whole pool; sparse: over a neighbour graph; "
-        "shots: cover the shots instead of the pool (needs --shots)",
-        choices=("blocks", "exact", "sparse", "shots"),
+        "cells",
+        "cells: over a graph of similar rows, found in as many k-means cells as the data need; exact: over the whole "
+        "pool; blocks: inside k-means blocks of about 400 rows; sparse: over a graph of a given width; shots: cover "
+        "the shots instead of the pool (needs --shots)",
+        choices=("cells", "exact", "blocks", "sparse", "shots"),
     )
     similarity: str = option(
         "clip", "clip: max(cos, 0); shifted: (1 + cos) / 2, which favours central rows", choices=tuple(SIMILARITIES)
@@ -54,18 +70,30 @@ class Facility:
     """Rows such that every row of the pool is like one of them: greedy maximisation of facility location.
 
     f(S) = sum over rows v of max over s in S of sim(v, s); embeddings [n, d], unit rows -> rows in the order taken.
-    Score: the gain in f. Greedy gives at least 1 - 1/e of the best f. Modes: `exact` is that greedy (lazy, the same
-    sequence as the plain one); `blocks` counts similarities inside k-means blocks alone, and is exact for that f (a
-    pool of at most 400 rows is one block); `sparse` counts those of a k-nearest-neighbour graph. Mode `shots` covers
-    the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q of sim(q, s); in
-    the other modes shots do not matter, but that rows overlapping them are left out.
+    Score: the gain in f. Greedy gives at least 1 - 1/e of the best f. Mode `exact` is that greedy, the same sequence
+    as the plain loop.
+
+    Mode `cells` (default) counts only similarities that can matter: of each row to the 64 to 256 rows most like it,
+    gains being what lies above the similarity that any row has with some taken one; up to 4,096 rows it is `exact`.
+    How many k-means cells are searched for these rows is measured on the data and said in the log. On 20,000 rows,
+    clustered, with a falling spectrum, real and isotropic, 1,000 taken reached 0.998 and more of the exact greedy's
+    f. It is fast where one cell or few are enough, and on isotropic data, where all must be searched, hardly faster
+    than `exact`. It loses where the search ends at 20,000 rows (larger pools without structure; `kept` in the log is
+    then below 0.95), and may where each taken row stands for more than 256.
+
+    Mode `blocks` counts similarities inside k-means blocks alone and is exact for that f (a pool of at most 400 rows
+    is one block): 0.999 of the exact f on clustered data, 0.993 on a falling spectrum, and 0.968, little more than a
+    random draw, on isotropic data. Mode `sparse` counts those of a k-nearest-neighbour graph, others being 0. Mode
+    `shots` covers the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q of
+    sim(q, s); in the other modes shots do not matter, but that rows overlapping them are left out.
     """
 
     Options: ClassVar[type[Config]] = FacilityOptions
     needs: ClassVar[frozenset[str]] = frozenset({"embeddings"})
     cost: ClassVar[str] = (
-        "blocks: k-means and time O(400 n d), memory O(n (d + 400)); exact: time O(n^2 d) and more, memory 256 MB + "
-        "O(n) (minutes from 50,000 rows); sparse: an IVF graph, memory O(n k); shots: time O(n K d)"
+        "cells: time O(p n d) for p rows searched (400 where the pool is clustered, up to 20,000), memory O(256 n); "
+        "exact: time O(n^2 d), memory 4 n^2 bytes up to 2 GB, above 23,170 rows slower (minutes from 50,000); blocks: "
+        "time O(400 n d), memory O(n (d + 400)); sparse: an IVF graph, memory O(n k); shots: time O(n K d)"
     )
     source: ClassVar[str] = (
         "Nemhauser, Wolsey, Fisher 1978, doi:10.1007/BF01588971; lazy: Minoux 1978; query form: submodlib's FLQMI"
@@ -81,16 +109,18 @@ class Facility:
             needs_shots("facility mode=shots", shots)
         embeddings = features.embeddings()
         meter = BudgetMeter.of(budget, len(embeddings), features.lengths() if budget.in_tokens else None)
-        covers, members, log = self._covers(features, rng)
+        covers, members, log = self._covers(features, meter, rng)
         rows, gains, blocks = take_greedily(covers, members, meter)
         of_block = [f" of block {block}" if len(covers) > 1 else "" for block in blocks]
         reasons = [f"adds {gain:.4g} to the coverage{place}" for gain, place in zip(gains, of_block, strict=True)]
-        value, targets = sum(gains), sum(len(part) for part in members)
         if self.options.mode != "shots":
-            log.append({"step": "coverage", "rows": len(rows), "value": round(value, 4), "most": targets})
+            targets = sum(len(part) for part in members)
+            log.append({"step": "coverage", "rows": len(rows), "value": round(sum(gains), 4), "most": targets})
         return Selection(np.array(rows, dtype=np.int64), np.array(gains, dtype=np.float32), reasons, log)
 
-    def _covers(self, features: Features, rng: np.random.Generator) -> tuple[list[Cover], list[Ints], list[Any]]:
+    def _covers(
+        self, features: Features, meter: BudgetMeter, rng: np.random.Generator
+    ) -> tuple[Sequence[Cover], list[Ints], list[Any]]:
         """The blocks to choose from, their pool rows (ascending), and what the log says of them."""
         embeddings = features.embeddings()
         similarity = SIMILARITIES[self.options.similarity]
@@ -99,33 +129,47 @@ class Facility:
             case "shots":
                 likeness = similarity(nearest_shots(features)[0]).astype(np.float64)
                 bonus = self.options.eta * likeness
-                cover = Coverage(embeddings, features.shot_embeddings(), similarity, bonus=bonus, held=self.block)
-                return [cover], everything, []
+                covering = Coverage(embeddings, features.shot_embeddings(), similarity, bonus=bonus, held=self.block)
+                return [covering], everything, []
             case "sparse":
                 neighbours, cosines, how = _graph(embeddings, self.options.neighbours)
                 log = [{"step": "graph", "neighbours": neighbours.shape[1], "found by": how}]
-                return [GraphCoverage(neighbours, similarity(cosines))], everything, log
-            case "blocks" if len(embeddings) > ROWS_PER_BLOCK:
-                members = _blocks(embeddings, int(rng.integers(2**31)))
-            case _:
-                members = everything
-        parts = (embeddings[rows] for rows in members) if len(members) > 1 else iter([embeddings])
-        # One block over everything thrashes where few columns are held: it gets 256 MB, all of 8,192 rows.
-        held = self.block if len(members) > 1 else max(self.block, 2**26 // len(embeddings))
-        covers: list[Cover] = [Coverage(part, part, similarity, held=held) for part in parts]
-        sizes = [len(rows) for rows in members]
-        return covers, members, [{"step": "blocks", "count": len(sizes), "least": min(sizes), "most": max(sizes)}]
+                return [GraphCoverage.of_neighbours(neighbours, similarity(cosines))], everything, log
+            case "blocks" if len(embeddings) > ROWS_PER_CELL:
+                members = k_means_cells(embeddings, int(rng.integers(2**31)))
+                sizes = [len(rows) for rows in members]
+                log = [{"step": "blocks", "count": len(sizes), "least": min(sizes), "most": max(sizes)}]
+                return [_covering(embeddings[rows], similarity) for rows in members], members, log
+            case "cells" if len(embeddings) > EXACT:
+                cover, said = _over_cells(embeddings, similarity, meter, rng)
+                return [cover], everything, [said]
+        return [_covering(embeddings, similarity)], everything, [{"step": "exact", "rows": len(embeddings)}]
 
 
-def _blocks(embeddings: Floats, seed: int) -> list[Ints]:
-    from xpert.clustering import cluster, cluster_count, different_rows
+def _covering(embeddings: Floats, similarity: Callable[[Floats], Floats]) -> Cover:
+    if len(embeddings) ** 2 <= SQUARE:
+        return SquareCoverage(embeddings, similarity)
+    return Coverage(embeddings, embeddings, similarity, held=max(HELD, SQUARE // len(embeddings)))
 
-    # As many as `clusters` accepts: a pool of few different rows gets fewer.
-    wanted = different_rows(embeddings, max(1, round(len(embeddings) / ROWS_PER_BLOCK)))
-    labels, _ = cluster(embeddings, cluster_count(str(wanted), embeddings), seed=seed)
-    order = np.argsort(labels, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return [part.astype(np.int64) for part in parts]
+
+def _over_cells(
+    embeddings: Floats, similarity: Callable[[Floats], Floats], meter: BudgetMeter, rng: np.random.Generator
+) -> tuple[Cover, dict[str, Any]]:
+    count = meter.limit if meter.costs is None else meter.limit / max(float(np.mean(meter.costs)), 1e-9)
+    share = max(1, round(len(embeddings) / max(1.0, count)))  # the rows that a taken one stands for
+    width = min(max(LEAST_WIDTH, 3 * share), MOST_WIDTH)
+    graph = cell_graph(embeddings, share, width, rng)
+    # Whatever is taken, a row is about as similar to something taken as to the last of its list. Not so where many
+    # rows are alike, unless one of them is taken: so no more than is true of nearly all rows, and at most a half.
+    floor = np.clip(graph.limits, 0, min(max(float(np.quantile(graph.limits, 0.1)), 0.0), _HIGHEST_FLOOR))
+    said = {
+        "step": "cells",
+        "count": graph.cells,
+        "searched": graph.searched,
+        "kept": round(graph.kept, 4),
+        "neighbours": round(len(graph.candidates) / len(embeddings), 1),
+    }
+    return GraphCoverage(graph.starts, graph.candidates, similarity(graph.cosines), similarity(floor)), said
 
 
 def _graph(embeddings: Floats, k: int) -> tuple[Ints, Floats, str]:

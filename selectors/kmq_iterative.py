@@ -16,7 +16,7 @@ from xpert.lora_training import LoraOptions
 from xpert.protocols import Selection
 from xpert.records import Budget, Row, Shots
 from xpert.selectors._drawing import draw, spend
-from xpert.selectors._scoring import check_scorer, prepared_scorer
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 from xpert.selectors._training import by_base, trained_base
 
 if TYPE_CHECKING:
@@ -56,6 +56,15 @@ class KMQIterativeOptions(Config):
         check_scorer(self.progress, self.progress_params)
         if self.quality != "uniform":
             check_scorer(self.quality, self.quality_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorers' own settings, which may hold the content of a file."""
+        uniform = self.quality == "uniform"
+        named = {
+            "progress_options": scorer_settings(self.progress, self.progress_params),
+            "quality_options": {} if uniform else scorer_settings(self.quality, self.quality_params),
+        }
+        return {**super().to_dict(), **named}
 
 
 class KMQIterative:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from xpert.protocols import Floats, Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._coverage import HELD, SIMILARITIES, Coverage, take_greedily
 from xpert.selectors._scaling import scaled
-from xpert.selectors._scoring import check_scorer, prepared_scorer
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 from xpert.similarity import similarity_blocks
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class QDITOptions(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scorer(self.quality, self.quality_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorer's own settings, which may hold the content of a file."""
+        return {**super().to_dict(), "quality_options": scorer_settings(self.quality, self.quality_params)}
 
 
 class QDIT:

@@ -16,7 +16,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._ranked import best_first
-from xpert.selectors._scoring import check_scorer, prepared_scorer
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 from xpert.similarity import nearest
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ class VoteKOptions(Config):
             check_scorer(self.uncertainty, self.uncertainty_params)
         elif self.uncertainty != "perplexity" or self.uncertainty_params:
             raise BadInput("uncertainty has no part in stage fast", hint="leave it out, or take stage=full")
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the scorer's own settings, which may hold the content of a file."""
+        full = self.stage == "full"
+        found = scorer_settings(self.uncertainty, self.uncertainty_params) if full else {}
+        return {**super().to_dict(), "uncertainty_options": found}
 
 
 class VoteK:

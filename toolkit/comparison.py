@@ -84,15 +84,17 @@ def compare(
     jobs = [(name, method, (params or {}).get(method, {}), seed) for name, method in names.items()]
     jobs += [(f"random-{draw + 1}", "random", {}, seed + draw) for draw in range(CONTROLS)]
     out.mkdir(parents=True, exist_ok=True)
-    selections, costs = {}, {}
+    selections, costs = {}, _known_costs(out)
     for name, method, given_params, own_seed in jobs:
         progress.say(f"selecting by {name}")
+        kept = (out / name / MANIFEST).is_file()
         started = time.process_time()
         selections[name] = select(
             pool, budget=budget, out=out / name, shots=given, method=method, params=given_params, features=options,
             seed=own_seed, device=device, executor=executor, workers=workers, report=False, progress=progress,
         )  # fmt: skip
-        costs[name] = time.process_time() - started
+        if not kept:  # to find a selection again costs nothing, and is not what its method cost
+            costs[name] = time.process_time() - started
     return _write(out, pool, given, options, selections, costs, seed=seed, device=device, report=report)
 
 
@@ -118,6 +120,11 @@ def _names(methods: Sequence[str]) -> dict[str, str]:
             raise BadInput(f"method {name!r} is named twice", hint="name each once; random draws are added anyway")
         names[name] = method
     return names
+
+
+def _known_costs(out: Path) -> dict[str, float]:
+    """CPU seconds by name that an earlier comparison in the folder measured."""
+    return dict(read_json(out / MANIFEST)["timings"]) if (out / MANIFEST).is_file() else {}
 
 
 def _is_ours(out: Path) -> bool:
@@ -152,7 +159,7 @@ def _write(
         for name, found in selections.items()
     }
     figures = {
-        name: {**_measures(features, rows[name], shots), **_told(found, costs[name])}
+        name: {**_measures(features, rows[name], shots), **_told(found, costs.get(name))}
         for name, found in selections.items()
     }
     overlap = np.array([[_overlap(one, two) for two in rows.values()] for one in rows.values()])
@@ -169,7 +176,7 @@ def _write(
         config={"methods": list(selections), "features": options.to_dict()},
         seed=seed,
         figures={"methods": written, "overlap": overlap.round(6).tolist()},
-        timings=dict(costs),
+        timings={name: costs[name] for name in selections if name in costs},
     )
     return comparison
 
@@ -197,14 +204,14 @@ def _measures(features: Features, rows: NDArray[np.int64], shots: Shots | None) 
     return found
 
 
-def _told(found: SelectionFolder, seconds: float) -> dict[str, Any]:
-    """What a selection's own manifest and log say."""
+def _told(found: SelectionFolder, seconds: float | None) -> dict[str, Any]:
+    """What a selection's own manifest and log say; no CPU seconds where it was made by a run that was stopped."""
     scored = [entry["scored"] for entry in found.log() if entry.get("step") == "evaluations"]
     return {
         "rows": found.figures["rows"],
         "tokens": found.figures["tokens"],
         "skills": dict(found.figures["skills"]),
-        "cpu_seconds": round(seconds, 2),
+        "cpu_seconds": None if seconds is None else round(seconds, 2),
         "select_seconds": round(found.manifest["timings"].get("select", 0.0), 2),
         "rows_scored": scored[-1] if scored else None,
     }

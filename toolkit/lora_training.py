@@ -6,6 +6,7 @@ the learning rates. torch and peft are imported inside functions, so that naming
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -335,7 +336,10 @@ def _adapted(
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    adapted: Any = get_peft_model(lm.model, settings)
+    with warnings.catch_warnings():
+        # What peft and transformers tell each other of coming versions is not for the user.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        adapted: Any = get_peft_model(lm.model, settings)
     try:
         parameters = {
             name.removeprefix(_PEFT).removesuffix(".default.weight"): parameter

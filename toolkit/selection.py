@@ -18,6 +18,7 @@ from xpert import plugins
 from xpert.budgeting import BudgetMeter
 from xpert.eligible import EligibleFeatures
 from xpert.errors import BadInput
+from xpert.model_files import model_fingerprint
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Selection, Selector
 from xpert.records import Budget, Row, Shots
@@ -81,7 +82,11 @@ def select(
     if isinstance(pool, str | Path):
         pool = open_pool(pool, options=pool_options, progress=progress)
     run = _Run(
-        inputs={"pool": pool.fingerprint, "shots": given.fingerprint if given else None},
+        inputs={
+            "pool": pool.fingerprint,
+            "shots": given.fingerprint if given else None,
+            "base": model_fingerprint(feature_options.base) if feature_options.base else None,
+        },
         config={
             "method": method,
             "params": written,

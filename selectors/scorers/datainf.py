@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.gradients import gradient_dtype
 from xpert.influence.datainf import DatainfScores, datainf_targets
+from xpert.influence.grouping import shot_groups
 from xpert.influence.stored import kept_folder
 from xpert.lora_training import LoraOptions, warm_up
 from xpert.protocols import Floats
 from xpert.records import Shots
 from xpert.selectors._anchors import needs_shots
-from xpert.selectors.scorers.less import shot_groups, warm_up_rows
+from xpert.selectors._influence import GroupScores
+from xpert.selectors.scorers.less import warm_up_rows
 
 if TYPE_CHECKING:
     from xpert.features import Features
 
 __all__ = ["PLUGIN"]
-
-_NO_ROOM = "its prompt leaves no room for the answer"
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,11 @@ class Datainf:
 
     def __init__(self, options: DatainfOptions) -> None:
         self.options = options
-        self._known: dict[int, tuple[float, int]] = {}
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         options, base, limit = self.options, features.base(), features.options.max_length
         given = needs_shots("datainf", shots)
-        self._features = features
-        self._names, groups = shot_groups(given, options.group)
+        names, groups = shot_groups(given, options.group)
         pool, folder, seed = features.pool, kept_folder(features.folder, self), features.seed
         settings = LoraOptions(
             rank=options.rank,
@@ -86,27 +84,18 @@ class Datainf:
             max_length=limit,
         )
         count = min(len(pool), max(round(options.warmup * len(pool)), options.batch_size)) if options.warmup else 0
-        where = {"device": features.device, "progress": features.progress}
+        where: dict[str, Any] = {"device": features.device, "progress": features.progress}
         checkpoint = warm_up(base, warm_up_rows(pool, count, seed), settings, folder, seed=seed, **where)[-1]
         rows = warm_up_rows(pool, min(options.inverted_rows, len(pool)), seed)
         targets = datainf_targets(base, checkpoint, rows, given.rows, groups, folder, max_length=limit, **where)
-        self._pass = DatainfScores(base, checkpoint, targets, limit, gradient_dtype(options.dtype, features.device))
+        row_pass = DatainfScores(base, checkpoint, targets, limit, gradient_dtype(options.dtype, features.device))
+        self._groups = GroupScores(features, row_pass, names, normalise=options.normalise)
 
     def score(self, rows: NDArray[np.int64]) -> Floats:
-        found = self._features.compute(self._pass, rows)
-        each = found["scores"]
-        if self.options.normalise:
-            each = each / np.maximum(found["norm"], np.finfo(np.float32).tiny)[:, None]
-        best = each.argmax(axis=1)
-        scores = each[np.arange(len(rows)), best].astype(np.float32)
-        self._known.update(zip(rows.tolist(), zip(scores.tolist(), best.tolist(), strict=True), strict=True))
-        return scores
+        return self._groups.score(rows)
 
     def explain(self, row: int) -> str:
-        score, group = self._known[row]
-        if not np.isfinite(score):
-            return _NO_ROOM
-        return f"influence {score:.3g}" + (f" on {self._names[group]}" if len(self._names) > 1 else "")
+        return self._groups.explain(row)
 
 
 PLUGIN = Datainf

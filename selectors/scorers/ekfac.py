@@ -12,18 +12,18 @@ from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.gradients import gradient_dtype
 from xpert.influence.ekfac import CurvatureOptions, EkfacScores, ekfac_targets
+from xpert.influence.grouping import shot_groups
 from xpert.influence.stored import kept_folder
 from xpert.protocols import Floats
 from xpert.records import Shots
 from xpert.selectors._anchors import needs_shots
-from xpert.selectors.scorers.less import shot_groups, warm_up_rows
+from xpert.selectors._influence import GroupScores
+from xpert.selectors.scorers.less import warm_up_rows
 
 if TYPE_CHECKING:
     from xpert.features import Features
 
 __all__ = ["PLUGIN"]
-
-_NO_ROOM = "its prompt leaves no room for the answer"
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,11 @@ class Ekfac:
 
     def __init__(self, options: EkfacOptions) -> None:
         self.options = options
-        self._known: dict[int, tuple[float, int]] = {}
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         options, base, limit = self.options, features.base(), features.options.max_length
         given = needs_shots("ekfac", shots)
-        self._features = features
-        self._names, groups = shot_groups(given, options.group)
+        names, groups = shot_groups(given, options.group)
         settings = CurvatureOptions(options.layers, options.labels, options.damp, limit, features.seed)
         count = min(options.factor_rows, len(features.pool))
         targets = ekfac_targets(
@@ -96,23 +94,14 @@ class Ekfac:
             progress=features.progress,
         )
         dtype = gradient_dtype(options.dtype, features.device)
-        self._pass = EkfacScores(base, targets, options.normalise, limit, dtype)
+        row_pass = EkfacScores(base, targets, options.normalise, limit, dtype)
+        self._groups = GroupScores(features, row_pass, names, normalise=options.normalise)
 
     def score(self, rows: NDArray[np.int64]) -> Floats:
-        found = self._features.compute(self._pass, rows)
-        each = found["scores"]
-        if self.options.normalise:
-            each = each / np.maximum(found["norm"], np.finfo(np.float32).tiny)[:, None]
-        best = each.argmax(axis=1)
-        scores = each[np.arange(len(rows)), best].astype(np.float32)
-        self._known.update(zip(rows.tolist(), zip(scores.tolist(), best.tolist(), strict=True), strict=True))
-        return scores
+        return self._groups.score(rows)
 
     def explain(self, row: int) -> str:
-        score, group = self._known[row]
-        if not np.isfinite(score):
-            return _NO_ROOM
-        return f"influence {score:.3g}" + (f" on {self._names[group]}" if len(self._names) > 1 else "")
+        return self._groups.explain(row)
 
 
 PLUGIN = Ekfac

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.gradients import ExactScores, GradientOptions, GradientPass, gradient_dtype
+from xpert.influence.grouping import shot_groups
 from xpert.lora_training import Checkpoint, LoraOptions, warm_up
 from xpert.protocols import Floats, RowPass
 from xpert.records import Row, Shots
@@ -166,25 +167,6 @@ def warm_up_rows(pool: Pool, count: int, seed: int) -> list[Row]:
     texts = zip(pool.prompts(), pool.responses(), strict=True)
     marks = [hashlib.sha256((start + hash_texts(pair)).encode()).digest() for pair in texts]
     return pool.rows(sorted(range(len(marks)), key=lambda row: marks[row])[:count])
-
-
-def shot_groups(shots: Shots, column: str) -> tuple[list[str], tuple[int, ...]]:
-    """(names of the groups, group of each shot) by a column of the shots; `none`: all are one.
-
-    Shots without a skill are a group of their own. Raises BadInput where another column is missing in a shot.
-    """
-    if column == "none":
-        return ["all shots"], (0,) * len(shots)
-    values = [row.skill if column == "skill" else row.columns.get(column) for row in shots]
-    if column != "skill" and any(value is None for value in values):
-        there = sorted({name for row in shots for name in row.columns})
-        lacking = shots.rows[values.index(None)].id
-        raise BadInput(
-            f"shot {lacking} has no column {column!r}", hint=f"group by one of {', '.join(there) or 'none'}, or by none"
-        )
-    words = [f"{column} {value}" if value is not None else "shots without a skill" for value in values]
-    names = list(dict.fromkeys(words))
-    return names, tuple(names.index(word) for word in words)
 
 
 def _group_means(kept: Floats, groups: NDArray[np.int64], names: Sequence[str]) -> list[Floats]:

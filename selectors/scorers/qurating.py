@@ -15,7 +15,7 @@ from xpert.errors import BadInput
 from xpert.preferences import Pair, ask_votes, draw_pairs, read_pairs
 from xpert.protocols import Floats
 from xpert.records import Shots
-from xpert.selectors.scorers._preference_fit import PreferenceFit, judge_for, side_texts
+from xpert.selectors.scorers._preference_fit import FEWEST_PAIRS, PreferenceFit, judge_for, side_texts
 from xpert.storage import hash_file
 
 if TYPE_CHECKING:
@@ -131,6 +131,15 @@ class QuRating:
         places = {"first shown preferred": votes.first_shown, "second": votes.second_shown}
         self._log.append({"step": "judge", "judge": judge.answerer.identity, **counts, **places})
         shares = votes.share
+        decided = int((np.abs(shares - 0.5) >= options.conf / 2).sum())
+        if decided < min(FEWEST_PAIRS, len(drawn)):
+            raise BadInput(
+                f"the judge decides {decided} of {len(drawn)} pairs alike in both orders, too few to learn from: of "
+                f"{questions:,} replies {votes.first_shown:,} prefer what is shown first, {votes.second_shown:,} what "
+                f"is shown second, {votes.unreadable:,} cannot be read",
+                where=judge.answerer.identity,
+                hint="take a judge that looks at the texts, or raise judged",
+            )
         return [Pair(a, b, float(p)) for (a, b), p in zip(drawn, shares, strict=True) if np.isfinite(p)]
 
 

@@ -21,6 +21,7 @@ from xpert.records import Message, Row
 SMALL = LoraOptions(rank=4, alpha=8, epochs=3, batch_size=8, learning_rate=5e-3, max_length=128)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(rows: list[Row], tiny_base: Path) -> None:
     lm = load_model(str(tiny_base), device="cpu")
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}

@@ -20,7 +20,7 @@ from xpert.language_model import load_model
 from xpert.linear_capture import make_batch, row_losses
 from xpert.lora_training import Checkpoint, LoraOptions, warm_up
 from xpert.records import Message, Row, Shots
-from xpert.selectors.scorers.datainf import PLUGIN as Datainf
+from xpert.selectors.scorers.datainf import Datainf, DatainfOptions
 
 Gradients = dict[str, torch.Tensor]
 
@@ -92,7 +92,7 @@ def scores_of(rows: Sequence[Row], base: Path, shots: Shots, **options: Any) -> 
         cache=None,
         device="cpu",
     )
-    scorer = Datainf(Datainf.Options(inverted_rows=20, rank=4, **options))
+    scorer = Datainf(DatainfOptions(inverted_rows=20, rank=4, **options))
     scorer.prepare(features, shots, np.random.default_rng(0))
     return scorer, scorer.score(np.arange(len(rows), dtype=np.int64))
 

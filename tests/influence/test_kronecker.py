@@ -30,7 +30,8 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def exact_inverse(hessian: torch.Tensor, v: torch.Tensor, damp: float) -> torch.Tensor:
     damped = hessian.double() + damp * torch.eye(len(hessian), dtype=torch.float64)
-    return torch.linalg.solve(damped, v.double().flatten()).view(v.shape).float()
+    found: torch.Tensor = torch.linalg.solve(damped, v.double().flatten())
+    return found.view(v.shape).float()
 
 
 def test_exact_on_a_linear_model_with_square_loss() -> None:

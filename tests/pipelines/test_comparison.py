@@ -53,6 +53,16 @@ def test_a_comparison_s_row_is_the_method_alone(xpert: Run, given: list[Any], tm
     assert ids[0] == ids[1]
 
 
+def test_a_comparison_made_again_costs_what_it_cost(xpert: Run, given: list[Any], tmp_path: Path) -> None:
+    command = ("select", *given, "--method", "kshot,mmr", "-o", tmp_path / "out")
+    costs = []
+    for _ in range(2):
+        assert xpert(*command).exit_code == 0
+        costs.append(json.loads((tmp_path / "out" / "manifest.json").read_text())["timings"])
+    assert costs[0] == costs[1]
+    assert len(costs[0]) == 5
+
+
 def test_a_stopped_comparison_goes_on(xpert: Run, given: list[Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert xpert("select", *given, "--method", "kshot,mmr", "-o", out).exit_code == 0
@@ -61,7 +71,15 @@ def test_a_stopped_comparison_goes_on(xpert: Run, given: list[Any], tmp_path: Pa
         (out / name).unlink()
     (out / "mmr" / "manifest.json").unlink()
     (out / "mmr").rename(tmp_path / "gone")
-    assert xpert("select", *given, "--method", "kshot,mmr", "-o", out).exit_code == 0
+    result = xpert("select", *given, "--method", "kshot,mmr", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    # What a selection found again had cost is not known, and not nothing.
+    seconds = {line.split()[0]: line.split()[-1] for line in result.stdout.splitlines()[1:6]}
+    assert seconds["kshot"] == "-"
+    assert float(seconds["mmr"]) > 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert list(manifest["timings"]) == ["mmr"]
+    assert manifest["figures"]["methods"]["kshot"]["cpu_seconds"] is None
     assert (out / "kshot" / "manifest.json").read_bytes() == before
     assert (out / "mmr" / "manifest.json").is_file()
 

@@ -137,6 +137,7 @@ def test_a_score_is_a_weighted_sum_and_may_be_picked_by(run: Callable[..., Selec
         ("- allocate: {by: skill}\n- pick: {method: kshot}", "allocate by 'skill' is not understood"),
         ("- filter: {by: length, below: -5}\n- pick: {method: kshot}", "leaves no row"),
         ("- filter: {column: lisence, among: [MIT]}\n- pick: {method: kshot}", "no row has a column 'lisence'"),
+        ("- allocate: {by: column lisence}\n- pick: {method: random}", "no row has a column 'lisence'"),
         ("- [", "not valid YAML"),
     ],
 )
@@ -175,3 +176,21 @@ def test_a_pipeline_from_the_command_line(
     assert xpert(*arguments, "-p", "tau=1").stderr.startswith(f"xpert: {path}: a pipeline takes no --param")
     missing = [*arguments[:-5], tmp_path / "none.yaml", *arguments[-4:]]
     assert "no such pipeline file" in xpert(*missing).stderr
+
+
+def test_a_manifest_tells_the_settings_of_every_step(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    steps: Steps = [
+        {"filter": {"by": "complexity", "above": 1}},
+        {"score": {"name": "worth", "of": {"length": 1, "qurating": 2}, "params": {"qurating": {"pairs": str(pairs)}}}},
+        {"pick": {"method": "kmq", "share": "40%", "params": {"share": "equal"}}},
+        {"pick": {"best": "worth"}},
+    ]
+    pairs.write_text("one", encoding="utf-8")
+    first = make_pipeline(steps).written()
+    assert first[0]["filter"]["params"]["measure"] == "steps"
+    assert first[2]["pick"]["params"]["share"] == "equal"
+    assert first[2]["pick"]["params"]["quality"]
+    assert first[3]["pick"]["params"] == {}
+    pairs.write_text("another", encoding="utf-8")
+    assert make_pipeline(steps).written() != first

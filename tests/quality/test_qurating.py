@@ -246,6 +246,13 @@ def test_a_judge_that_knows_what_is_good(endpoint: Callable[..., Any], rows: lis
     assert list(again.log) == list(found.log)
 
 
+def test_a_judge_that_looks_at_the_place_alone(endpoint: Callable[..., Any]) -> None:
+    with pytest.raises(
+        BadInput, match=r"decides 0 of 25 pairs alike .* of 50 replies 50 prefer what is shown first, 0"
+    ):
+        run(Planted(), "5", judge=endpoint(lambda _: "A").spec, judged=25)
+
+
 def test_a_local_judge_and_the_bases_states(rows: list[Row], tiny_base: Path, tmp_path: Path) -> None:
     options = FeatureOptions(base=str(tiny_base), max_length=64)
     features = Features(pool_from_rows(rows[:40]), options, cache=None, device="cpu")

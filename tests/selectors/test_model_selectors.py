@@ -86,3 +86,25 @@ def test_what_a_method_says_of_itself(name: str) -> None:
     assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", "base", "judge"}
     assert plugin.cost
     assert plugin.source
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("quad", {"reward": "qurating", "reward_params": "pairs={}"}),
+        ("clusterucb", {"reward": "qurating", "reward_params": "pairs={}"}),
+        ("qdit", {"quality": "qurating", "quality_params": "pairs={}"}),
+        ("dpp", {"quality": "qurating", "quality_params": "pairs={}"}),
+        ("votek", {"stage": "full", "uncertainty": "qurating", "uncertainty_params": "pairs={}"}),
+        ("kmq-iterative", {"progress": "qurating", "progress_params": "pairs={}"}),
+        ("kmq-iterative", {"quality": "qurating", "quality_params": "pairs={}"}),
+    ],
+)
+def test_options_tell_what_a_scorer_reads(name: str, params: dict[str, str], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    given = {key: value.format(pairs) for key, value in params.items()}
+    told = []
+    for text in ("one", "another"):
+        pairs.write_text(text, encoding="utf-8")
+        told.append(plugins.load("selector", name).Options(**given).to_dict())
+    assert told[0] != told[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
 from xpert import plugins
 from xpert.data import read_rows
@@ -153,7 +155,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--budget", "5", "--param", "tau"], "is not KEY=VALUE"),
     (["--budget", "5", "--method", "mmr", "--param", "relevance=-1"], "the least is 0"),
     (["--budget", "5", "--method", "kmq", "--param", "quality=column"], "go together"),
-    (["--budget", "5", "--method", "facility", "--param", "eta=2"], "eta has no part in mode blocks"),
+    (["--budget", "5", "--method", "facility", "--param", "eta=2"], "eta has no part in mode cells"),
     (["--budget", "5", "--param", "refill=false", "--param", "reach=3"], "reach has no part without refill"),
     (["--budget", "5", "--embedder", "lsaa"], "Did you mean 'lsa'"),
     (["--budget", "5", "--shots", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -219,3 +221,16 @@ def test_methods_are_listed_and_explained(xpert: Run) -> None:
         result = xpert("methods", *arguments)
         assert result.exit_code == 2
         assert f"Did you mean {said!r}" in result.stderr
+
+
+def test_another_base_of_the_same_name_is_another_selection(
+    xpert: Run, source: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    command = ("select", source, "--method", "random", "--base", base, "--budget", "5", "-o", tmp_path / "out")
+    assert xpert(*command, "--no-report").exit_code == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    again = xpert(*command, "--no-report")
+    assert again.exit_code == 2
+    assert "other inputs" in again.stderr

@@ -28,6 +28,7 @@ PLAIN = [
 # Settings beside the defaults that are methods of their own.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in PLAIN] + [
     ("facility", {"mode": "exact"}),
+    ("facility", {"mode": "blocks"}),
     ("facility", {"mode": "sparse", "neighbours": 5}),
     ("facility", {"mode": "shots"}),
     ("facility", {"similarity": "shifted"}),

@@ -84,7 +84,7 @@ def test_a_complete_graph_is_the_exact_form(seed: int) -> None:
     cosines = np.round(embeddings @ embeddings.T, 6)
     similar = np.maximum(cosines, 0).astype(np.float64)
     np.fill_diagonal(similar, 1.0)
-    graph = GraphCoverage(np.tile(np.arange(40), (40, 1)), np.maximum(cosines, 0))
+    graph = GraphCoverage.of_neighbours(np.tile(np.arange(40), (40, 1)), np.maximum(cosines, 0))
     taken, gains, _ = take_greedily([graph], [np.arange(40)], BudgetMeter(8))
     assert value(similar, taken) == pytest.approx(value(similar, plain_greedy(similar, 8)), rel=1e-3)
     assert value(similar, taken) == pytest.approx(sum(gains), rel=1e-4)

@@ -132,13 +132,16 @@ def _connect() -> None:
         _reach(address)
     # Ray's own chatter and its usage report stay off; workers see the same modules and settings as this process.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray lets its workers give way to everything else; here they are what the user waits for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
             ray.init(address=address, **settings)
         else:
-            ray.init(include_dashboard=False, **settings)
+            # Without an address Ray would join any cluster it finds traces of here, also one that is going down.
+            ray.init(address="local", include_dashboard=False, **settings)
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise Unavailable(f"{where} cannot be reached: {_first_line(error)}", hint="see `ray status`") from None

@@ -50,10 +50,10 @@ def measure_curvature(
 
     labels: "sampled" draws each answer token from the model's own prediction, which gives the Gauss-Newton matrix of
     a row's mean loss; "given" takes the rows' answers (the empirical Fisher matrix of their gradients). A and S are
-    over the positions that the loss reaches, those of prompts among them: over answer positions alone, the rank
-    correlation with the exact inverse was lower (benchmarks/results/ekfac.md). Lam is of whole rows. Two forward and backward passes a row, and an eigendecomposition
-    of each factor; memory O(sum over blocks of d_in^2 + d_out^2 + d_in d_out). Raises BadInput where no row has room
-    for its answer, where a row's loss is no number, or where a layer is not there.
+    over all positions that the loss reaches, prompts among them: taken over answer positions alone, the rank
+    correlation with the exact inverse is lower. Lam is of whole rows. Two forward and backward passes a row, and an
+    eigendecomposition of each factor; memory O(sum over blocks of d_in^2 + d_out^2 + d_in d_out). Raises BadInput
+    where no row has room for its answer, where a row's loss is no number, or where a layer is not there.
     """
     chosen = linear_layers(lm.model, layers)
     blocks = blocks_of(chosen)

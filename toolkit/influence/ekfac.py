@@ -90,7 +90,7 @@ def ekfac_targets(
         from xpert.linear_capture import linear_layers
 
         lm = load_model(base, device=device, dtype="float32")
-        shared = {"layers": options.layers, "max_length": options.max_length}
+        shared: dict[str, Any] = {"layers": options.layers, "max_length": options.max_length}
         gradients = group_gradients(lm, targets, groups, **shared)
         more: dict[str, Any] = {"labels": options.labels, "seed": options.seed, "progress": progress, **shared}
         curvature = ArrayCache(folder, progress).get_or_make(
@@ -168,7 +168,9 @@ def _by_layer(damped: Mapping[str, torch.Tensor], blocks: Mapping[str, Sequence[
     """Blocks taken apart again: a layer's targets are its rows of the block's."""
     found: Arrays = {}
     for name, members in blocks.items():
-        sizes = [model.get_submodule(member).out_features for member in members]
-        for member, part in zip(members, damped[name].split(sizes, dim=1), strict=True):
-            found[member] = part.contiguous().cpu().numpy()
+        start = 0
+        for member in members:
+            end = start + model.get_submodule(member).out_features
+            found[member] = damped[name][:, start:end].contiguous().cpu().numpy()
+            start = end
     return found

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.errors import BadInput
+from xpert.records import Shots
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["comparable", "mean_weights"]
+__all__ = ["comparable", "mean_weights", "shot_groups"]
 
 _LEAST = 1e-30
 
@@ -31,7 +32,7 @@ def mean_weights(groups: Sequence[int], readable: NDArray[np.bool_], max_length:
             f"no target of group {int(counts.argmin()) + 1} has room for its answer in {max_length} tokens",
             hint="raise --max-length, or give shorter shots",
         )
-    return (member / counts).astype(np.float32)
+    return np.asarray(member / counts, np.float32)
 
 
 def comparable(directions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -44,3 +45,22 @@ def comparable(directions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Ten
         squares = squares + part.flatten(1).double().square().sum(1)
     lengths = squares.sqrt().clamp(min=_LEAST).float()
     return {name: v / lengths.view(-1, *[1] * (v.dim() - 1)) for name, v in directions.items()}
+
+
+def shot_groups(shots: Shots, column: str) -> tuple[list[str], tuple[int, ...]]:
+    """(names of the groups, group of each shot) by a column of the shots; `none`: all are one.
+
+    Shots without a skill are a group of their own. Raises BadInput where another column is missing in a shot.
+    """
+    if column == "none":
+        return ["all shots"], (0,) * len(shots)
+    values = [row.skill if column == "skill" else row.columns.get(column) for row in shots]
+    if column != "skill" and any(value is None for value in values):
+        there = sorted({name for row in shots for name in row.columns})
+        lacking = shots.rows[values.index(None)].id
+        raise BadInput(
+            f"shot {lacking} has no column {column!r}", hint=f"group by one of {', '.join(there) or 'none'}, or by none"
+        )
+    words = [f"{column} {value}" if value is not None else "shots without a skill" for value in values]
+    names = list(dict.fromkeys(words))
+    return names, tuple(names.index(word) for word in words)

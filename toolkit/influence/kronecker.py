@@ -91,13 +91,15 @@ def streamed_products(x: Tensor, delta: Tensor, targets: Tensor) -> Tensor:
     """
     if len(targets) > 1:
         return row_gradients(x, delta).flatten(1) @ targets.float().flatten(1).T
-    moved = delta.flatten(0, 1) @ targets[0]
-    return torch.mul(moved.view_as(x), x).sum((1, 2), dtype=torch.float32)[:, None]
+    moved = (delta.flatten(0, 1) @ targets[0]).view_as(x)
+    return (moved * x).sum((1, 2), dtype=torch.float32).view(-1, 1)
 
 
 def eigenvectors(covariance: Tensor) -> Tensor:
     """Columns [d, d] float32 of a symmetric matrix; found in float64, since eigenvalues span many magnitudes."""
-    return torch.linalg.eigh(covariance.double())[1].float()
+    _, vectors = torch.linalg.eigh(covariance.double())
+    found: Tensor = vectors.float()
+    return found
 
 
 def squared_projections(x: Tensor, delta: Tensor, q_a: Tensor, q_s: Tensor) -> Tensor:
