@@ -83,9 +83,9 @@ class Facility:
 
     Mode `blocks` counts similarities inside k-means blocks alone and is exact for that f (a pool of at most 400 rows
     is one block): 0.994 of the exact f on clustered data and a falling spectrum, and 0.966, little more than a random
-    draw, on isotropic data, in that table. Mode `sparse` counts those of a k-nearest-neighbour graph, others being 0. Mode
-    `shots` covers the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q of
-    sim(q, s); in the other modes shots do not matter, but that rows overlapping them are left out.
+    draw, on isotropic data, in that table. Mode `sparse` counts those of a k-nearest-neighbour graph, others being 0.
+    Mode `shots` covers the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q
+    of sim(q, s); in the other modes shots do not matter, but that rows overlapping them are left out.
     """
 
     Options: ClassVar[type[Config]] = FacilityOptions
