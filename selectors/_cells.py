@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 ROWS_PER_CELL = 400
 SAMPLED = 128
-KEPT = 0.95
+KEPT = 0.96
 """Of the likeness between a row and the rows that could stand for it, so much must lie within the cells searched."""
 SEARCHED = 20_000
 """Rows that a row is compared with at most: beyond, time would grow with the square of the pool."""

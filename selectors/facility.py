@@ -75,17 +75,17 @@ class Facility:
 
     Mode `cells` (default) counts only similarities that can matter: of each row to the 64 to 256 rows most like it,
     gains being what lies above the similarity that any row has with some taken one; up to 4,096 rows it is `exact`.
-    How many k-means cells are searched for these rows is measured on the data and said in the log. On 20,000 rows,
-    clustered, with a falling spectrum, real and isotropic, 1,000 taken reached 0.998 and more of the exact greedy's
-    f. It is fast where one cell or few are enough, and on isotropic data, where all must be searched, hardly faster
-    than `exact`. It loses where the search ends at 20,000 rows (larger pools without structure; `kept` in the log is
-    then below 0.95), and may where each taken row stands for more than 256.
+    How many k-means cells are searched for these rows is measured on the data and said in the log. It reached 0.997
+    and more of the exact greedy's f at 500 of 10,000 rows, clustered, with a falling spectrum and isotropic (see
+    benchmarks/results/facility.md). It is fast where one cell or few are enough; on isotropic data nearly all must
+    be searched, and it is hardly faster than `exact`. It loses where the search ends at 20,000 rows (larger pools
+    without structure; `kept` in the log is then below 0.96), and may where each taken row stands for more than 256.
 
     Mode `blocks` counts similarities inside k-means blocks alone and is exact for that f (a pool of at most 400 rows
-    is one block): 0.999 of the exact f on clustered data, 0.993 on a falling spectrum, and 0.968, little more than a
-    random draw, on isotropic data. Mode `sparse` counts those of a k-nearest-neighbour graph, others being 0. Mode
-    `shots` covers the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q of
-    sim(q, s); in the other modes shots do not matter, but that rows overlapping them are left out.
+    is one block): 0.994 of the exact f on clustered data and a falling spectrum, and 0.966, little more than a random
+    draw, on isotropic data, in that table. Mode `sparse` counts those of a k-nearest-neighbour graph, others being 0.
+    Mode `shots` covers the shots: f(S) = sum over shots q of max over s of sim(q, s) + eta * sum over s of max over q
+    of sim(q, s); in the other modes shots do not matter, but that rows overlapping them are left out.
     """
 
     Options: ClassVar[type[Config]] = FacilityOptions
