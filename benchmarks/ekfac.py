@@ -220,7 +220,7 @@ def trained_model(folder: Path, steps: int = 500) -> LanguageModel:
     rng = np.random.default_rng(0)
     for _ in range(steps):
         batch = make_batch([examples[index] for index in rng.integers(0, len(examples), 32)], torch.device("cpu"))
-        row_losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
+        row_losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     with quiet_transformers():

@@ -119,7 +119,7 @@ def variants() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any
     base = make_model()
     folder = Path(tempfile.mkdtemp())
     peft = make_peft(folder, 16)
-    engine = TorchEngine(Subject(base, make_tokenizer()), max_batch=ROWS)  # type: ignore[arg-type]
+    engine = TorchEngine(Subject(base, make_tokenizer()), max_batch=ROWS)
     for index in range(16):
         # peft saves the adapter named e0 in a folder of that name, as the others
         engine.add_expert(f"e{index}", folder / f"e{index}")
@@ -153,8 +153,8 @@ def variants() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any
         asked = sorted(requests(experts), key=lambda request: [key for key, _ in sorted(request.experts)])
         rows = [engine._resolve(request.experts) for request in asked]
         ordered = [request.prompt_ids for request in asked]
-        prefill[name] = lambda ordered=ordered, rows=rows: engine._passes.prefill(ordered, rows)  # type: ignore[misc]
-        generation[name] = lambda asked=asked: list(engine.generate(asked))  # type: ignore[misc]
+        prefill[name] = lambda ordered=ordered, rows=rows: engine._passes.prefill(ordered, rows)
+        generation[name] = lambda asked=asked: list(engine.generate(asked))
     names = [f"e{i % 16}" for i in range(ROWS)]
     prefill["peft mixed batch, 16 adapters"] = lambda: forward(peft, adapter_names=names)
     generation["peft mixed batch, 16 adapters"] = lambda: generate(peft, adapter_names=names)

@@ -100,9 +100,9 @@ def main() -> None:
     print(f"cosine {given.threshold}\n")
     print("| rows | by | CPU s | repeats found | recall | times xpert's seconds |\n|---|---|---|---|---|---|")
     for name, vectors in sets(given):
-        seconds, stay = timed(lambda v=vectors: near_rows.first_of_near(v, given.threshold), given.repeats)  # type: ignore[misc]
+        seconds, stay = timed(lambda v=vectors: near_rows.first_of_near(v, given.threshold), given.repeats)
         plain, expected = timed(
-            lambda v=vectors: near_rows._walk(v, given.threshold, near_rows._Everywhere(v)),  # type: ignore[misc]
+            lambda v=vectors: near_rows._walk(v, given.threshold, near_rows._Everywhere(v)),
             1,
         )
         label = f"{len(vectors):,} {name}"

@@ -106,7 +106,7 @@ def run_trl(base: str, rows: str, steps: int) -> dict[str, float]:
     class Counting(SFTTrainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
             seen.append(int(inputs["attention_mask"].sum()))
-            return super().compute_loss(model, inputs, *args, **options)  # type: ignore[no-untyped-call]
+            return super().compute_loss(model, inputs, *args, **options)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,15 @@ from xpert.budgeting import BudgetMeter
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.protocols import Scorer, Selection
-from xpert.records import Budget
+from xpert.records import Budget, Shots
 from xpert.selectors._arms import Arms, Reals
-from xpert.selectors._scoring import check_scorer, scorer_settings
+from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 
-__all__ = ["POLICIES", "BanditOptions", "conclude", "evaluations", "policy_option"]
+if TYPE_CHECKING:
+    from xpert.clustering import Clusters
+    from xpert.features import Features
+
+__all__ = ["POLICIES", "BanditOptions", "conclude", "evaluations", "policy_option", "start"]
 
 Ints = NDArray[np.int64]
 
@@ -116,6 +120,33 @@ POLICIES: Mapping[str, Policy] = {
     "thresh-normal": lambda arms, options, many: arms.beyond(options.top, normal=True),
     "uniform": _uniform,
 }
+
+
+# ── before the first pull ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a bandit has before its first pull: the budget's meter, a ready scorer, the arms, and how many rows it may
+    score."""
+
+    meter: BudgetMeter
+    scorer: Scorer
+    clusters: Clusters
+    labels: Ints
+    limit: int
+
+
+def start(
+    options: BanditOptions, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator
+) -> Start:
+    """Raises BadInput where the budget or `evaluate` is more than there is, or the reward lacks what it needs."""
+    rows = len(features.pool)
+    meter = BudgetMeter.of(budget, rows, features.lengths() if budget.in_tokens else None)
+    limit = evaluations(options, rows)
+    clusters = features.clusters()
+    scorer = prepared_scorer(options.reward, options.reward_params, features, shots, rng)
+    return Start(meter, scorer, clusters, np.asarray(clusters.labels, np.int64), limit)
 
 
 # ── from the rows scored to a selection ──────────────────────────────────────────────────────────────────────────────

@@ -269,7 +269,7 @@ class GraphCoverage:
     """
 
     def __init__(self, starts: Ints, candidates: NDArray[np.integer], similarities: Floats, floor: Floats) -> None:
-        from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+        from scipy.sparse import csr_matrix
 
         rows = len(starts) - 1
         self._starts, self._candidates = starts, candidates.astype(np.int32, copy=False)

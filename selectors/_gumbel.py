@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["gumbel_order", "standardised"]
-
-
-def standardised(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(score - mean) / standard deviation, float64 [n]; zeros where all are alike."""
-    values = np.asarray(scores, np.float64)
-    spread = values.std()
-    centred = values - values.mean()
-    return centred / spread if spread > 1e-12 * max(1.0, float(np.abs(values).max())) else np.zeros_like(values)
+__all__ = ["gumbel_order"]
 
 
 def gumbel_order(logits: NDArray[np.floating], tau: float, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ from xpert.protocols import Floats, Selection, Selector
 from xpert.records import Budget, Shots
 from xpert.selection import choose
 from xpert.selectors._ranked import NOT_SCORED, best_first
+from xpert.selectors._scaling import standardised
 from xpert.selectors._scoring import prepared_scorer
 from xpert.selectors._steps import AllocateStep, FilterStep, PickStep, ScoreStep, Step, parse_steps, read_steps
 
@@ -239,14 +240,8 @@ def _within(values: Floats, step: FilterStep) -> NDArray[np.bool_]:
     return np.asarray(known & (values >= low) & (values <= high))
 
 
-def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    known = np.isfinite(values)
-    spread = values[known].std() if known.any() else 0.0
-    return (values - values[known].mean()) / spread if spread > 0 else np.where(known, 0.0, np.nan)
-
-
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import rankdata
 
     known = np.isfinite(values)
     found = np.full(len(values), np.nan)
@@ -254,7 +249,7 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-_SCALES: dict[str, Scale] = {"z": _standardised, "rank": _ranks, "none": lambda values: values}
+_SCALES: dict[str, Scale] = {"z": standardised, "rank": _ranks, "none": lambda values: values}
 
 
 def read_pipeline(path: Path | str) -> Pipeline:

@@ -1,4 +1,4 @@
-"""Scores of any range brought to 0..1, so that they can be weighed against something else."""
+"""Scores of any range brought to one scale, so that they can be weighed against something else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from numpy.typing import NDArray
 
 from xpert.protocols import Floats
 
-__all__ = ["scaled"]
+__all__ = ["scaled", "standardised"]
+
+
+def standardised(scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(score - mean) / standard deviation, float64 [n]; zeros where all are alike, NaN where there is no score."""
+    values = np.asarray(scores, np.float64)
+    known = np.isfinite(values)
+    if not known.any():
+        return np.full(len(values), np.nan)
+    spread = values[known].std()
+    centred = np.where(known, values - values[known].mean(), np.nan)
+    return centred / spread if spread > 1e-12 * max(1.0, float(np.abs(values[known]).max())) else centred * 0.0
 
 
 def scaled(scores: Floats) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ __all__ = ["HELD", "spread", "top"]
 Floats = NDArray[np.float32]
 
 HELD = 1024
-"""How many of the best rows are held at once; results do not depend on it."""
+"""How many of the best rows are held at once; results depend on it no more than on the order of float32 sums."""
 _BLOCK = 4096
 
 

@@ -18,6 +18,7 @@ from xpert.lora_training import LoraOptions
 from xpert.protocols import Floats, Scorer, Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._drawing import spend
+from xpert.selectors._scaling import standardised
 from xpert.selectors._scoring import check_scorer, prepared_scorer
 from xpert.selectors._training import adapters
 
@@ -137,7 +138,7 @@ class Adapt:
             rows = np.flatnonzero((labels == number) & kept)
             if not len(rows):
                 continue
-            standard = np.stack([_standardised(line[rows]) for line in table])
+            standard = np.stack([standardised(line[rows]) for line in table])
             entropies[number] = [spread_entropy(line, self.options.bins) for line in standard]
             best[number] = int(entropies[number].argmax())
             scores[rows] = standard[best[number]]
@@ -256,14 +257,6 @@ def _pruned(vectors: Floats, labels: Ints, keep: int) -> NDArray[np.bool_]:
         if share < len(rows):
             kept[rows[np.argsort(nearest_earlier(vectors, rows), kind="stable")[share:]]] = False
     return kept
-
-
-def _standardised(scores: Reals) -> Reals:
-    """(scores - mean) / standard deviation, 0 where all are equal; NaN stays."""
-    known = scores[np.isfinite(scores)]
-    away = np.where(np.isfinite(scores), scores - (known.mean() if len(known) else 0.0), np.nan)
-    spread = known.std() if len(known) else 0.0
-    return np.asarray(away / spread if spread > 1e-12 * np.abs(known).max(initial=1.0) else away * 0.0)
 
 
 def _quotas(cells: Ints, labels: Ints, meter: BudgetMeter, cores: NDArray[np.bool_], bins: int) -> Ints:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from xpert.budgeting import BudgetMeter, allocate
+from xpert.budgeting import allocate
 from xpert.config import Config, option
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._arms import Arms
-from xpert.selectors._bandits import POLICIES, BanditOptions, conclude, evaluations, policy_option
+from xpert.selectors._bandits import POLICIES, BanditOptions, conclude, policy_option, start
 from xpert.selectors._ranked import best_first
-from xpert.selectors._scoring import prepared_scorer
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -52,12 +51,8 @@ class ClusterUCB:
 
     def select(self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator) -> Selection:
         options = self.options
-        rows = len(features.pool)
-        meter = BudgetMeter.of(budget, rows, features.lengths() if budget.in_tokens else None)
-        limit = evaluations(options, rows)
-        clusters = features.clusters()
-        scorer = prepared_scorer(options.reward, options.reward_params, features, shots, rng)
-        arms = Arms(np.asarray(clusters.labels, np.int64), len(clusters), scorer.score, rng, limit)
+        given = start(options, features, shots, budget, rng)
+        arms = Arms(given.labels, len(given.clusters), given.scorer.score, rng, given.limit)
         arms.pull(range(arms.many), self._cold_start(arms, rng))
         while not arms.done:
             index = POLICIES[options.policy](arms, options, 1)
@@ -66,7 +61,7 @@ class ClusterUCB:
         known = np.isfinite(arms.scores)
         unscorable = arms.scored & ~known
         order = np.concatenate([ranked[known[ranked]], arms.unscored(), np.flatnonzero(unscorable)])
-        return conclude(arms, scorer, meter, order)
+        return conclude(arms, given.scorer, given.meter, order)
 
     def _cold_start(self, arms: Arms, rng: np.random.Generator) -> list[int]:
         """Rows of each arm [k] that are scored first; what does not fit the limit is left out arm by arm, at random."""

@@ -171,8 +171,8 @@ class _Nodes:
 
 def _condense(neighbours: Ints, carries: NDArray[np.bool_]) -> _Nodes:
     """The nodes of samples whose edges [s, n, k] carry or not, sample after sample."""
-    from scipy.sparse import csr_array  # type: ignore[import-untyped]
-    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
 
     samples, rows, _ = carries.shape
     all_rows = samples * rows

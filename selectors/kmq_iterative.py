@@ -16,6 +16,7 @@ from xpert.lora_training import LoraOptions
 from xpert.protocols import Selection
 from xpert.records import Budget, Row, Shots
 from xpert.selectors._drawing import draw, spend
+from xpert.selectors._scaling import standardised
 from xpert.selectors._scoring import check_scorer, prepared_scorer, scorer_settings
 from xpert.selectors._training import by_base, trained_base
 
@@ -149,12 +150,8 @@ class KMQIterative:
         if self.options.quality == "uniform":
             return np.ones(rows)
         scorer = prepared_scorer(self.options.quality, self.options.quality_params, features, shots, rng)
-        scores = np.asarray(scorer.score(np.arange(rows, dtype=np.int64)), np.float64)
-        known = np.isfinite(scores)
-        spread = scores[known].std() if known.any() else 0.0
-        away = scores - (scores[known].mean() if known.any() else 0.0)
-        chances = np.exp(np.clip(away / spread, -30, 30)) if spread else np.ones(rows)
-        return np.asarray(np.where(known, chances, 0.0), np.float64)
+        away = standardised(scorer.score(np.arange(rows, dtype=np.int64)))
+        return np.where(np.isnan(away), 0.0, np.exp(np.clip(away, -30, 30)))
 
 
 def reweighted(weights: Reals, means: Reals, temp: float) -> Reals:

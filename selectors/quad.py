@@ -14,9 +14,8 @@ from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
 from xpert.selectors._arms import Arms, Ints, neighbours
-from xpert.selectors._bandits import POLICIES, BanditOptions, conclude, evaluations
+from xpert.selectors._bandits import POLICIES, BanditOptions, conclude, start
 from xpert.selectors._ranked import best_first
-from xpert.selectors._scoring import prepared_scorer
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -76,31 +75,27 @@ class Quad:
 
     def select(self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator) -> Selection:
         options = self.options
-        rows = len(features.pool)
-        meter = BudgetMeter.of(budget, rows, features.lengths() if budget.in_tokens else None)
-        limit = evaluations(options, rows)
-        clusters = features.clusters()
-        scorer = prepared_scorer(options.reward, options.reward_params, features, shots, rng)
+        given = start(options, features, shots, budget, rng)
         tau, quantile = read_tau(options.tau)
         arms = Arms(
-            np.asarray(clusters.labels, np.int64),
-            len(clusters),
-            scorer.score,
+            given.labels,
+            len(given.clusters),
+            given.scorer.score,
             rng,
-            limit,
-            near=neighbours(clusters.centroids, options.radius),
+            given.limit,
+            near=neighbours(given.clusters.centroids, options.radius),
             tau=tau,
             quantile=quantile,
             blocks=True,
         )
         claims = np.zeros(arms.many, np.int64)
-        while not (arms.done or (options.claim and self._filled(arms, claims, meter))):
+        while not (arms.done or (options.claim and self._filled(arms, claims, given.meter))):
             index = POLICIES[options.policy](arms, options, options.arms)
             pulled = arms.best(index, options.arms)
             rewards = np.array(arms.pull(pulled, options.batch, index))
             level = arms.level
             claims[np.array(pulled)[rewards > level]] += options.claim
-        return conclude(arms, scorer, meter, _order(arms))
+        return conclude(arms, given.scorer, given.meter, _order(arms))
 
     def _filled(self, arms: Arms, claims: Ints, meter: BudgetMeter) -> bool:
         """Whether the rows claimed would spend the budget, a row costing what rows cost on average."""

@@ -13,7 +13,8 @@ from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.protocols import Selection
 from xpert.records import Budget, Shots
-from xpert.selectors._gumbel import gumbel_order, standardised
+from xpert.selectors._gumbel import gumbel_order
+from xpert.selectors._scaling import standardised
 from xpert.selectors.scorers.qurating import QuRating, QuRatingOptions
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ def _best_strength(x: Matrix, p: Matrix, strengths: Sequence[float] = STRENGTHS)
 
 def solve(x: Matrix, p: Matrix, strength: float) -> Matrix:
     """The weights [d] that minimise mean BCE(sigmoid(x w), p) + strength / 2 * |w|^2."""
-    from scipy.optimize import minimize  # type: ignore[import-untyped]
+    from scipy.optimize import minimize
 
     def value(weights: Matrix) -> tuple[float, Matrix]:
         margins = x @ weights

@@ -144,7 +144,7 @@ def _nearest(rows: Floats, centroids: Floats) -> NDArray[np.int64]:
 
 def _lloyd(rows: Floats, centroids: Floats, iterations: int) -> Floats:
     """Each centroid becomes the mean direction of the rows nearest to it; one that no row is nearest to stays."""
-    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix
 
     k = len(centroids)
     for _ in range(iterations):

@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xpert.bradley_terry import PairFit, fit_pairs
+from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.judges import Judge, open_judge
 from xpert.mean_states import MeanStates
 from xpert.preferences import Pair, Side, excerpt
 from xpert.protocols import Floats
 from xpert.records import Message, Row
+from xpert.storage import hash_file
 
 if TYPE_CHECKING:
     from xpert.features import Features
 
-__all__ = ["FEWEST_PAIRS", "PreferenceFit", "judge_for", "side_texts"]
+__all__ = ["FEWEST_PAIRS", "PreferenceFit", "RatingOptions", "judge_for", "side_texts"]
 
 FEWEST_PAIRS = 20
+
+
+@dataclass(frozen=True)
+class RatingOptions(Config):
+    """What a rating that is learned from pairs is a function of, and how an endpoint is asked."""
+
+    pairs: str | None = option(None, "pairs, JSON lines")
+    on: str = option(
+        "embeddings",
+        "what the rating is a function of: the embeddings (what they see, --embed-field says), or the base's mean last "
+        "hidden states over prompt and answer (base)",
+        choices=("embeddings", "base"),
+    )
+    concurrency: int = option(8, "how many questions an endpoint is asked at once", minimum=1)
+    timeout: float = option(60.0, "seconds that an endpoint is given for a reply", minimum=0.01)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the content of the file, so that a manifest tells one file of a name from another."""
+        content = {"pairs_content": hash_file(Path(self.pairs))} if self.pairs and Path(self.pairs).is_file() else {}
+        return {**super().to_dict(), **content}
 
 
 class PreferenceFit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,8 +15,7 @@ from xpert.errors import BadInput
 from xpert.preferences import Pair, draw_pairs, read_pairs
 from xpert.protocols import Floats
 from xpert.records import Shots
-from xpert.selectors.scorers._preference_fit import FEWEST_PAIRS, PreferenceFit, judge_for, side_texts
-from xpert.storage import hash_file
+from xpert.selectors.scorers._preference_fit import FEWEST_PAIRS, PreferenceFit, RatingOptions, judge_for, side_texts
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -28,7 +26,7 @@ _FEWEST_PREFERRED = 10
 
 
 @dataclass(frozen=True)
-class CritiQOptions(Config):
+class CritiQOptions(RatingOptions):
     pairs: str | None = option(
         None, 'about 30 preferred pairs, JSON lines {"a": row id or text, "b": ..., "preferred": "a" or "b"}'
     )
@@ -45,26 +43,13 @@ class CritiQOptions(Config):
     )
     labelled: int = option(300, "how many pairs of the pool are labelled by majority", minimum=FEWEST_PAIRS)
     votes: int = option(1, "how often a worker is asked each question; above 1 at temperature 1", minimum=1)
-    on: str = option(
-        "embeddings",
-        "what the rating is a function of: the embeddings (what they see, --embed-field says), or the base's mean last "
-        "hidden states over prompt and answer (base)",
-        choices=("embeddings", "base"),
-    )
     excerpt: int = option(1000, "how many characters of a prompt and of an answer a model is shown", minimum=20)
     reply_tokens: int = option(16, "the longest reply of a worker; one that thinks first needs more", minimum=1)
-    concurrency: int = option(8, "how many questions an endpoint is asked at once", minimum=1)
-    timeout: float = option(60.0, "seconds that an endpoint is given for a reply", minimum=0.01)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ban >= self.keep:
             raise BadInput(f"ban={self.ban:g} is not below keep={self.keep:g}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """With the content of the file, so that a manifest tells one file of a name from another."""
-        content = {"pairs_content": hash_file(Path(self.pairs))} if self.pairs and Path(self.pairs).is_file() else {}
-        return {**super().to_dict(), **content}
 
 
 class CritiQ:

@@ -13,12 +13,10 @@ from xpert.gradients import gradient_dtype
 from xpert.influence.datainf import DatainfScores, datainf_targets
 from xpert.influence.grouping import shot_groups
 from xpert.influence.stored import kept_folder
-from xpert.lora_training import LoraOptions, warm_up
 from xpert.protocols import Floats
 from xpert.records import Shots
 from xpert.selectors._anchors import needs_shots
-from xpert.selectors._influence import GroupScores
-from xpert.selectors.scorers.less import warm_up_rows
+from xpert.selectors._influence import GroupScores, warm_up_rows, warmed_up
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -73,20 +71,10 @@ class Datainf:
         options, base, limit = self.options, features.base(), features.options.max_length
         given = needs_shots("datainf", shots)
         names, groups = shot_groups(given, options.group)
-        pool, folder, seed = features.pool, kept_folder(features.folder, self), features.seed
-        settings = LoraOptions(
-            rank=options.rank,
-            alpha=options.alpha,
-            layers=options.layers,
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            max_length=limit,
-        )
-        count = min(len(pool), max(round(options.warmup * len(pool)), options.batch_size)) if options.warmup else 0
+        pool, folder = features.pool, kept_folder(features.folder, self)
         where: dict[str, Any] = {"device": features.device, "progress": features.progress}
-        checkpoint = warm_up(base, warm_up_rows(pool, count, seed), settings, folder, seed=seed, **where)[-1]
-        rows = warm_up_rows(pool, min(options.inverted_rows, len(pool)), seed)
+        checkpoint = warmed_up(features, options, folder)[-1]
+        rows = warm_up_rows(pool, min(options.inverted_rows, len(pool)), features.seed)
         targets = datainf_targets(base, checkpoint, rows, given.rows, groups, folder, max_length=limit, **where)
         row_pass = DatainfScores(base, checkpoint, targets, limit, gradient_dtype(options.dtype, features.device))
         self._groups = GroupScores(features, row_pass, names, normalise=options.normalise)

@@ -17,8 +17,7 @@ from xpert.influence.stored import kept_folder
 from xpert.protocols import Floats
 from xpert.records import Shots
 from xpert.selectors._anchors import needs_shots
-from xpert.selectors._influence import GroupScores
-from xpert.selectors.scorers.less import warm_up_rows
+from xpert.selectors._influence import GroupScores, warm_up_rows
 
 if TYPE_CHECKING:
     from xpert.features import Features

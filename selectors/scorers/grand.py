@@ -12,6 +12,7 @@ from xpert.config import Config, option
 from xpert.gradients import GradientNorms, gradient_dtype
 from xpert.protocols import Floats
 from xpert.records import Shots
+from xpert.selectors.scorers._answer_scores import NO_ROOM
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -68,7 +69,7 @@ class Grand:
 
     def explain(self, row: int) -> str:
         norm = self._norms[row]
-        return f"gradient norm {norm:.4g}" if np.isfinite(norm) else "its prompt leaves no room for the answer"
+        return f"gradient norm {norm:.4g}" if np.isfinite(norm) else NO_ROOM
 
 
 PLUGIN = Grand

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -18,20 +13,19 @@ from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.gradients import ExactScores, GradientOptions, GradientPass, gradient_dtype
 from xpert.influence.grouping import shot_groups
-from xpert.lora_training import Checkpoint, LoraOptions, warm_up
+from xpert.influence.stored import kept_folder
 from xpert.protocols import Floats, RowPass
-from xpert.records import Row, Shots
+from xpert.records import Shots
 from xpert.selectors._anchors import needs_shots
-from xpert.storage import hash_texts
+from xpert.selectors._influence import warmed_up
+from xpert.selectors.scorers._answer_scores import NO_ROOM
 
 if TYPE_CHECKING:
-    from xpert.data import Pool
     from xpert.features import Features
 
-__all__ = ["PLUGIN", "shot_groups", "warm_up_rows"]
+__all__ = ["PLUGIN"]
 
 _BLOCK = 8192
-_NO_ROOM = "its prompt leaves no room for the answer"
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,8 @@ class Less:
         given = needs_shots("less", shots)
         self._features = features
         self._names, groups = shot_groups(given, options.group)
-        checkpoints = self._warm_up(features)
+        found = warmed_up(features, options, kept_folder(features.folder, self))
+        checkpoints = tuple(found if options.ckpts == "all" else found[-1:])
         rates = np.array([checkpoint.learning_rate for checkpoint in checkpoints])
         self._weights = rates / rates.sum() if rates.sum() else np.full(len(rates), 1 / len(rates))
         base, limit = features.base(), features.options.max_length
@@ -119,7 +114,7 @@ class Less:
     def explain(self, row: int) -> str:
         score, group = self._known[row]
         if not np.isfinite(score):
-            return _NO_ROOM
+            return NO_ROOM
         return f"gradient cosine {score:.3f}" + (f" with {self._names[group]}" if len(self._names) > 1 else "")
 
     def _cosines(self, kept: NDArray[np.float16]) -> Floats:
@@ -127,46 +122,6 @@ class Less:
         return np.stack(
             [kept[:, number].astype(np.float32) @ targets.T for number, targets in enumerate(self._targets)], axis=1
         )
-
-    def _warm_up(self, features: Features) -> tuple[Checkpoint, ...]:
-        options = self.options
-        settings = LoraOptions(
-            rank=options.rank,
-            alpha=options.alpha,
-            layers=options.layers,
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            max_length=features.options.max_length,
-        )
-        count = 0
-        if options.warmup:
-            count = min(len(features.pool), max(round(options.warmup * len(features.pool)), options.batch_size))
-        rows = warm_up_rows(features.pool, count, features.seed)
-        folder = features.folder
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="xpert-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        found = warm_up(
-            features.base(),
-            rows,
-            settings,
-            folder,
-            device=features.device,
-            seed=features.seed,
-            progress=features.progress,
-        )
-        return tuple(found if options.ckpts == "all" else found[-1:])
-
-
-def warm_up_rows(pool: Pool, count: int, seed: int) -> list[Row]:
-    """`count` rows of a pool at random, in random order, by seed and content: the pool's order does not matter."""
-    if not count:
-        return []
-    start = f"{seed}:"
-    texts = zip(pool.prompts(), pool.responses(), strict=True)
-    marks = [hashlib.sha256((start + hash_texts(pair)).encode()).digest() for pair in texts]
-    return pool.rows(sorted(range(len(marks)), key=lambda row: marks[row])[:count])
 
 
 def _group_means(kept: Floats, groups: NDArray[np.int64], names: Sequence[str]) -> list[Floats]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,8 +14,7 @@ from xpert.errors import BadInput
 from xpert.preferences import Pair, ask_votes, draw_pairs, read_pairs
 from xpert.protocols import Floats
 from xpert.records import Shots
-from xpert.selectors.scorers._preference_fit import FEWEST_PAIRS, PreferenceFit, judge_for, side_texts
-from xpert.storage import hash_file
+from xpert.selectors.scorers._preference_fit import FEWEST_PAIRS, PreferenceFit, RatingOptions, judge_for, side_texts
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -36,7 +34,7 @@ _TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class QuRatingOptions(Config):
+class QuRatingOptions(RatingOptions):
     pairs: str | None = option(
         None, 'judgements in a file, JSON lines {"a": row id or text, "b": ..., "p": share of votes for a}'
     )
@@ -51,21 +49,8 @@ class QuRatingOptions(Config):
     conf: float = option(
         0.5, "pairs whose share p of votes is within conf/2 of one half are left out", minimum=0, maximum=1
     )
-    on: str = option(
-        "embeddings",
-        "what the rating is a function of: the embeddings (what they see, --embed-field says), or the base's mean last "
-        "hidden states over prompt and answer (base)",
-        choices=("embeddings", "base"),
-    )
     excerpt: int = option(2000, "how many characters of a prompt and of an answer the judge is shown", minimum=20)
     reply_tokens: int = option(16, "the longest reply of the judge; one that thinks first needs more", minimum=1)
-    concurrency: int = option(8, "how many questions an endpoint is asked at once", minimum=1)
-    timeout: float = option(60.0, "seconds that an endpoint is given for a reply", minimum=0.01)
-
-    def to_dict(self) -> dict[str, Any]:
-        """With the content of the file, so that a manifest tells one file of a name from another."""
-        content = {"pairs_content": hash_file(Path(self.pairs))} if self.pairs and Path(self.pairs).is_file() else {}
-        return {**super().to_dict(), **content}
 
 
 class QuRating:

@@ -199,12 +199,12 @@ def test_budgets_are_hit_whatever_the_pool(sizes: list[int], part: float, seed: 
         plugin = plugins.load("selector", "adapt")
         selector = plugin(plugin.Options(scorers=("length", "complexity"), cluster_by="embeddings", keep=keep, bins=4))
         wanted = max(1, round(part * count))
-        found = choose(selector, features, None, Budget.parse(str(wanted)), seed=seed)  # type: ignore[arg-type]
+        found = choose(selector, features, None, Budget.parse(str(wanted)), seed=seed)
         assert len(set(found.rows.tolist())) == wanted
         assert np.isfinite(found.scores).all()
         total = int(features.lengths().sum())
         limit = max(int(features.lengths().min()), round(part * total))
-        taken = choose(selector, features, None, Budget.parse(f"{limit}tok"), seed=seed).rows  # type: ignore[arg-type]
+        taken = choose(selector, features, None, Budget.parse(f"{limit}tok"), seed=seed).rows
     left = limit - int(features.lengths()[taken].sum())
     assert left >= 0
     assert not any(features.lengths()[row] <= left for row in range(count) if row not in set(taken.tolist()))

@@ -18,7 +18,7 @@ from xpert.features import FeatureOptions, Features
 from xpert.protocols import Selection
 from xpert.records import Budget, Message, Row, Shots
 from xpert.selection import choose
-from xpert.selectors import clusterucb, quad
+from xpert.selectors import _bandits
 from xpert.selectors._bandits import NAMES
 
 BANDITS = ("quad", "clusterucb")
@@ -79,8 +79,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Selection, Plant
         **params: Any,
     ) -> tuple[Selection, Planted]:
         planted = Planted(rewards)
-        for module in (quad, clusterucb):
-            monkeypatch.setattr(module, "prepared_scorer", lambda *_: planted)
+        monkeypatch.setattr(_bandits, "prepared_scorer", lambda *_: planted)
         plugin = plugins.load("selector", name)
         selector = plugin(plugin.Options.from_mapping({"reward": "length", **params}))
         found = choose(selector, features, None, Budget.parse(budget), seed=seed, excluded=excluded)

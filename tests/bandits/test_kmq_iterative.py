@@ -124,7 +124,7 @@ def test_one_round_is_kmq_with_equal_shares(budget: str, run: Callable[..., Any]
     features = Given(rng.permutation(np.repeat(np.arange(5), [3, 10, 40, 60, 90])), rng.integers(1, 30, 203))
     found, behind, trained = run(features, np.zeros(203), budget, rounds=1)
     kmq = plugins.load("selector", "kmq")
-    plain = choose(kmq(kmq.Options(share="equal")), features, None, Budget.parse(budget), seed=0)  # type: ignore[arg-type]
+    plain = choose(kmq(kmq.Options(share="equal")), features, None, Budget.parse(budget), seed=0)
     assert found.rows.tolist() == plain.rows.tolist()
     assert not behind.asked
     assert not trained
@@ -198,10 +198,10 @@ def test_budgets_are_hit(sizes: list[int], part: float, rounds: int, seed: int) 
         patched.setattr(plugin, "train", staticmethod(train))
         selector = plugin(plugin.Options(rounds=rounds))
         wanted = max(1, round(part * count))
-        found = choose(selector, features, None, Budget.parse(str(wanted)), seed=seed)  # type: ignore[arg-type]
+        found = choose(selector, features, None, Budget.parse(str(wanted)), seed=seed)
         assert len(set(found.rows.tolist())) == wanted
         limit = max(int(features.lengths().min()), round(part * int(features.lengths().sum())))
-        rows = choose(selector, features, None, Budget.parse(f"{limit}tok"), seed=seed).rows  # type: ignore[arg-type]
+        rows = choose(selector, features, None, Budget.parse(f"{limit}tok"), seed=seed).rows
     left = limit - int(features.lengths()[rows].sum())
     assert left >= 0
     assert not any(features.lengths()[row] <= left for row in range(count) if row not in set(rows.tolist()))

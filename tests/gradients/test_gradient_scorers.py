@@ -13,8 +13,9 @@ from xpert import plugins
 from xpert.data import pool_from_rows
 from xpert.errors import BadInput
 from xpert.features import FeatureOptions, Features
+from xpert.influence.grouping import shot_groups
 from xpert.records import Message, Row, Shots
-from xpert.selectors.scorers.less import shot_groups, warm_up_rows
+from xpert.selectors._influence import warm_up_rows
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 

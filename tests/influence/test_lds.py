@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import spearmanr
 
 from xpert.errors import BadInput
 from xpert.influence.lds import agreement, datamodeling_score, random_control, score_interval, spearman

@@ -39,7 +39,7 @@ def run(rows: list[Row], _features: dict[int, Features]) -> Callable[..., Select
             _features[0] = Features(pool_from_rows(rows[:180]), FeatureOptions(clusters="5"), shots=shots, cache=None)
         return choose(make_pipeline(steps), _features[0], shots, Budget.parse(budget), seed=seed)
 
-    run.features = lambda: (run([{"pick": {"method": "random"}}], "1"), _features[0])[1]  # type: ignore[attr-defined]
+    run.features = lambda: (run([{"pick": {"method": "random"}}], "1"), _features[0])[1]
     return run
 
 
@@ -61,7 +61,7 @@ def test_token_budgets_are_used_up(
     if weights:
         steps.insert(0, {"allocate": {"by": "cluster", "weights": weights}})
     found = run(steps, f"{tokens}tok")
-    lengths = run.features().lengths()  # type: ignore[attr-defined]
+    lengths = run.features().lengths()
     left = tokens - int(lengths[found.rows].sum())
     assert left >= 0
     assert not any(lengths[row] <= left for row in set(range(180)) - set(found.rows.tolist()))
@@ -74,7 +74,7 @@ def test_filters_hold(run: Callable[..., Selection], rows: list[Row]) -> None:
         {"filter": {"column": "licence", "among": ["MIT"]}},
         {"pick": {"method": "random"}},
     ]
-    features = run.features()  # type: ignore[attr-defined]
+    features = run.features()
     similar = (features.embeddings() @ features.shot_embeddings().T).max(axis=1).round(6)
     fits = similar >= np.quantile(similar, 0.5)
     fits &= features.lengths() <= 5
@@ -102,7 +102,7 @@ def test_a_score_is_a_weighted_sum_and_may_be_picked_by(run: Callable[..., Selec
         {"pick": {"best": "worth"}},
     ]
     found = run(steps, "10")
-    features = run.features()  # type: ignore[attr-defined]
+    features = run.features()
     similar = (features.embeddings() @ features.shot_embeddings().T).max(axis=1).round(6)
     worth = 2 * similar - features.lengths()
     assert found.rows.tolist() == np.argsort(-worth.astype(np.float32), kind="stable")[:10].tolist()

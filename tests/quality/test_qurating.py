@@ -23,7 +23,8 @@ from xpert.preferences import draw_pairs, read_pairs
 from xpert.progress import SILENT
 from xpert.records import Budget, Message, Row
 from xpert.selection import choose
-from xpert.selectors._gumbel import gumbel_order, standardised
+from xpert.selectors._gumbel import gumbel_order
+from xpert.selectors._scaling import standardised
 
 # ── the fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -57,7 +57,7 @@ def expert(tmp_path: Path) -> Callable[..., Path]:
     """`expert("a", seed=1, ...)`: a sound expert folder."""
 
     def make(name: str = "expert", **settings: object) -> Path:
-        return make_expert(tmp_path / "experts" / name, **settings)  # type: ignore[arg-type]
+        return make_expert(tmp_path / "experts" / name, **settings)
 
     return make
 

@@ -218,7 +218,7 @@ def test_search(registry: Registry, expert: Maker, full_text: bool) -> None:
     registry.publish(expert("d", seed=4, skills=("new",)), "acme/three")
 
     def found(text: str, **limits: object) -> set[str]:
-        return {hit.version.ref for hit in registry.search(text, **limits)}  # type: ignore[arg-type]
+        return {hit.version.ref for hit in registry.search(text, **limits)}
 
     assert found("fren") == {"acme/one@1", "bell/two_verse@1"}
     assert found("french TRANS") == {"acme/one@1"}

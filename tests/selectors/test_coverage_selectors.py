@@ -413,6 +413,6 @@ def test_mistakes_are_said(name: str, params: dict[str, Any], message: str) -> N
     def base() -> str:
         raise BadInput("no base", hint="give it with --base MODEL")
 
-    features.base = base  # type: ignore[attr-defined]
+    features.base = base
     with pytest.raises(BadInput, match=re.escape(message)):
         run(name, features, "5", **params)

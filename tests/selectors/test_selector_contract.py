@@ -270,4 +270,4 @@ def test_a_selector_that_breaks_the_contract_is_found_out() -> None:
         ([0, 1, 2], [1] * 3),
     ):
         with pytest.raises(ValueError, match="Wrong"):
-            choose(Wrong(rows, scores), features, None, Budget.parse("2"))  # type: ignore[arg-type]
+            choose(Wrong(rows, scores), features, None, Budget.parse("2"))

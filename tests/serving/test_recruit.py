@@ -24,7 +24,7 @@ def showing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[recruiting.Re
         monkeypatch.setattr(
             recruiting, "score_shots", lambda lm, engine, experts, shots: shown[experts[0][0] if experts else ""]
         )
-        return recruit(None, None, [key for key in shown if key], SHOTS, **options)  # type: ignore[arg-type]
+        return recruit(None, None, [key for key in shown if key], SHOTS, **options)
 
     return run
 

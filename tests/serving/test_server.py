@@ -309,7 +309,7 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
     try:
         said = json.loads(process.stdout.readline())
         with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="none", max_retries=5) as client:
-            answer = client.chat.completions.create(model=said["model"], messages=CASING, max_tokens=3)  # type: ignore[arg-type]
+            answer = client.chat.completions.create(model=said["model"], messages=CASING, max_tokens=3)
         assert answer.choices[0].message.content is not None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

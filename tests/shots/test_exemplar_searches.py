@@ -176,7 +176,7 @@ def test_lists_are_drawn_alike() -> None:
 @settings(max_examples=40, deadline=None)
 @given(k=st.integers(1, 4), m=st.integers(1, 6), seed=st.integers(0, 999))
 def test_transport_equals_the_linear_programme(k: int, m: int, seed: int) -> None:
-    from scipy.optimize import linprog  # type: ignore[import-untyped]
+    from scipy.optimize import linprog
 
     costs = np.random.default_rng(seed).random((k, m))
     sums = np.zeros((k + m, k * m))

@@ -21,7 +21,7 @@ from xpert.progress import SILENT, Progress
 from xpert.protocols import EmbedderContext, Floats
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix
 
 __all__ = ["PLUGIN", "Lsa", "Settings"]
 

@@ -33,7 +33,7 @@ def transport(costs: NDArray[np.float64]) -> float:
     Each side is repeated until both have the least common multiple L of k and m entries; then an optimal plan moves
     whole entries, which is an assignment. Time O(L^3) at worst: choose few queries, or as many as a multiple of k.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     k, m = costs.shape
     least = math.lcm(k, m)

@@ -28,7 +28,7 @@ class Interval:
 
 def spearman(a: Doubles, b: Doubles) -> Doubles:
     """Rank correlations [...] over the last axis [..., M], ties at their mean rank; 0 where either is constant."""
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import rankdata
 
     x, y = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
     lengths = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
