@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["Adapter", "LowRank", "read_adapter"]
+__all__ = ["GATES_FILE", "Adapter", "LowRank", "read_adapter"]
 
+GATES_FILE = "gates.safetensors"
+"""What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -63,11 +65,12 @@ class LowRank:
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter on the base model's device. `fingerprint` hashes weights and settings: the same key with other
-    content is another adapter."""
+    content is another adapter. `gate_tensors` ("GATE.MODULE" -> tensor, float32) is what token gates know it by."""
 
     key: str
     fingerprint: str
     modules: Mapping[str, LowRank]
+    gate_tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -96,7 +99,25 @@ def read_adapter(key: str, folder: Path, base: LanguageModel) -> Adapter:
     }
     if not modules:
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
-    return Adapter(key, hash_json([config, hash_file(weights)]), modules)
+    return Adapter(key, _fingerprint(folder, config), modules, _read_gates(folder, base))
+
+
+def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
+    parts: list[Any] = [config, hash_file(folder / WEIGHTS_FILE)]
+    if (folder / GATES_FILE).is_file():
+        parts.append(hash_file(folder / GATES_FILE))
+    return hash_json(parts)
+
+
+def _read_gates(folder: Path, base: LanguageModel) -> dict[str, torch.Tensor]:
+    path = folder / GATES_FILE
+    if not path.is_file():
+        return {}
+    gates = {name: tensor.to(base.device).float() for name, tensor in _load(path).items()}
+    for name, tensor in gates.items():
+        if not tensor.isfinite().all():
+            raise Corrupt(f"{name} holds NaN or infinite numbers", where=str(path))
+    return gates
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -136,9 +157,6 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: LanguageModel) ->
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    import safetensors
-    import safetensors.torch
-
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -148,6 +166,13 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
                 hint="save the adapter as safetensors",
             )
         raise NotFound(f"the adapter has no {WEIGHTS_FILE}", where=str(folder))
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    import safetensors
+    import safetensors.torch
+
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

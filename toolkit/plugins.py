@@ -44,6 +44,9 @@ KINDS: dict[str, Kind] = {
         Kind("executor", "xpert.executors"),
         Kind("router", "xpert.experts.routers"),
         Kind("engine", "xpert.experts.engines"),
+        Kind("gate", "xpert.experts.gates"),
+        Kind("merger", "xpert.experts.mergers"),
+        Kind("decoder", "xpert.experts.decoding"),
     )
 }
 

@@ -18,10 +18,14 @@ from xpert.progress import SILENT, Progress
 from xpert.records import Budget, Message, Row, Shots
 
 if TYPE_CHECKING:
+    import torch
+
     from xpert.features import Features
 
 __all__ = [
     "Candidate",
+    "Contrast",
+    "Decoder",
     "Embedder",
     "EmbedderContext",
     "Engine",
@@ -30,7 +34,11 @@ __all__ = [
     "ExemplarOrderer",
     "ExemplarTask",
     "Exemplars",
+    "Gate",
+    "GatedExpert",
     "ListScore",
+    "LowRankUpdate",
+    "ModuleGate",
     "Piece",
     "RoutableExpert",
     "Route",
@@ -42,6 +50,7 @@ __all__ = [
     "Scorer",
     "Selection",
     "Selector",
+    "TokenLogprob",
     "WeightedExperts",
 ]
 
@@ -307,39 +316,181 @@ class Router(Protocol):
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
 
 
-# ── engines ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests and replies ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Sampling(Config):
-    """How the next token is chosen. Temperature 0 is greedy and ignores the seed."""
+    """How the next token is chosen. Temperature 0 is greedy and ignores the seed.
+
+    In this order: `repetition_penalty` divides the positive and multiplies the negative logits of tokens that the
+    prompt or the reply holds; `temperature` divides all; then stay the `top_k` likeliest (0: all), of these the
+    smallest set whose probability reaches `top_p`, and of these the tokens at least `min_p` times as likely as the
+    likeliest. `logprobs`: how many alternatives are told per token, with the model's own log-probabilities (before
+    all of that); 0 tells the chosen token's alone, None nothing.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A second next-token distribution that a reply's tokens are chosen against, step by step.
+
+    decoder: a name of the seam `decoder`, with its `params`. The second distribution is the same model's under other
+    `experts` (None: those of the request; (): the base model alone), or after another prompt (`prompt_ids`; None:
+    the request's own).
+    """
+
+    decoder: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    experts: WeightedExperts | None = None
+    prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A prompt as token ids, the weighted experts that answer it, and how to sample."""
+    """A prompt as token ids, the weighted experts that answer it, and how to sample.
+
+    Without `gate`, each expert's update is added with its weight at every token. With one (a key that the engine was
+    given by `add_gate`), the gate weighs the experts named here at every token, and their weights here are strengths
+    that multiply what it says. `gate_bias` is what the request knows of its experts, added to the gate's logits.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     experts: WeightedExperts = ()
     sampling: Sampling = Sampling()
+    gate: str | None = None
+    gate_bias: WeightedExperts = ()
+    contrast: Contrast | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability, and the likeliest alternatives (token, log-probability), best first."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a reply. The last piece of a request has `finished` set ("stop" or "length") and the totals."""
+    """A part of a reply. The last piece of a request has `finished` set ("stop" or "length") and the totals.
+
+    `tokens`: those chosen since the last piece, where the request asked for log-probabilities.
+    """
 
     request_id: str
     text: str
     finished: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+# ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LowRankUpdate(Protocol):
+    """One module's update y += (x a^T) b^T: a [rank, in], b [out, rank], the adapter's scale in b."""
+
+    @property
+    def a(self) -> torch.Tensor: ...
+
+    @property
+    def b(self) -> torch.Tensor: ...
+
+    @property
+    def rank(self) -> int: ...
+
+
+class GatedExpert(Protocol):
+    """What a gate may know of an expert: its updates by module name, and the gate vectors its folder holds.
+
+    gate_tensors: "GATE.MODULE" -> tensor, such as "phatgoose.model.layers.0.self_attn.q_proj" -> [in].
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def modules(self) -> Mapping[str, LowRankUpdate]: ...
+
+    @property
+    def gate_tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+
+ModuleGate = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
+"""(hidden [rows, tokens, in], allowed bool [rows, 1, e], bias [rows, 1, e] or None) -> weights [rows, tokens, e].
+
+Weights are >= 0, and 0 wherever `allowed` is False. e counts the experts, or their ranks one after another where the
+gate's grain is "rank" (`allowed` and `bias` stay per expert). A row without any allowed expert gets zeros. Each token
+is decided by its own hidden state and its row's `allowed` and `bias` alone. Works under autograd too.
+"""
+
+
+class Gate(Protocol):
+    """Token-level choice: inside a module, each token's hidden state -> the weights of the experts there.
+
+    learned: "none" (made from the adapters), "expert" (vectors trained or measured once per expert, kept in its
+    folder), "mixture" (one router trained for a fixed set of experts). grain: "expert" or "rank".
+    """
+
+    Options: ClassVar[type[Config]]
+    learned: ClassVar[str]
+    grain: ClassVar[str]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(
+        self,
+        options: Any,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        experts: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """`tensors` and `experts`: of a gate learned for a mixture, its router and the keys in the router's order."""
+
+    def site(self, module: str) -> str:
+        """The module whose input decides for `module`: itself, or one that the model computes before it."""
+
+    def at(self, module: str, experts: Sequence[GatedExpert]) -> ModuleGate:
+        """The gate of one module over these experts, in this order.
+
+        An expert without that module gets weight 0 there. Raises BadInput naming an expert that lacks what the gate
+        needs.
+        """
+
+
+# ── decoders ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Decoder(Protocol):
+    """Two next-token distributions -> the logits a token is chosen by."""
+
+    Options: ClassVar[type[Config]]
+    against: ClassVar[str]
+    """What the second distribution differs in: "experts" or "prompt"."""
+    source: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def combine(self, main: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of both -> logits to choose by; -inf where a token is ruled out."""
+
+
+# ── engines ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Engine(Protocol):

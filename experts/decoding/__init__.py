@@ -1,0 +1,1 @@
+"""Decoding by contrast: two next-token distributions -> one; one file per method."""

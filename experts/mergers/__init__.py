@@ -1,0 +1,1 @@
+"""Merging: several weighted LoRA adapters -> one; one file per method."""
