@@ -151,7 +151,7 @@ def variants() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any
     generation["base model, transformers"] = lambda: generate(base)
     for name, experts in sets.items():
         asked = sorted(requests(experts), key=lambda request: [key for key, _ in sorted(request.experts)])
-        rows = [engine._resolve(request.experts) for request in asked]
+        rows = [_mixture(engine, request.experts) for request in asked]
         ordered = [request.prompt_ids for request in asked]
         prefill[name] = lambda ordered=ordered, rows=rows: engine._passes.prefill(ordered, rows)
         generation[name] = lambda asked=asked: list(engine.generate(asked))

@@ -78,6 +78,7 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "base": mixture.base.fingerprint,
         "experts": [[e.key, e.fingerprint, e.weight] for e in mixture.experts],
         "router": [mixture.router, dict(mixture.router_params)],
+        "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
     }
 
 

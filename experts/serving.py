@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
-from xpert.errors import BadInput, NotFound
-from xpert.experts.mixture import BASE, Mixture
+from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
-from xpert.protocols import EngineRequest, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.protocols import EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
     from xpert.language_model import LanguageModel
 
-__all__ = ["MixtureRunner", "Reply", "load_engine", "open_engine"]
+__all__ = ["MixtureRunner", "Reply", "load_engine", "open_engine", "open_gate"]
 
 ENGINE = "torch-lora"
+GATE = "mixture"
+"""The key under which the engine knows the mixture's gate."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class MixtureRunner:
         self.lm = lm
         self.engine = engine
         self.router = router
+        self._strength = {expert.key: expert.weight for expert in mixture.experts}
 
     @classmethod
     def open(
@@ -95,10 +99,14 @@ class MixtureRunner:
         experts: WeightedExperts,
         sampling: Sampling,
         *,
+        gated: bool = True,
         tokenizer: Any = None,
         where: str | None = None,
     ) -> EngineRequest:
         """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
+
+        `gated` lets the mixture's gate, if it has one, weigh the experts token by token; their weights in the route
+        then say no more than that they may be used.
 
         Raises BadInput where the prompt alone fills the context; `where` is how the user knows it.
         """
@@ -112,7 +120,11 @@ class MixtureRunner:
                 where=where,
                 hint="shorten it",
             )
-        return EngineRequest(id, ids, experts, dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        if not gated or self.mixture.gate is None or not experts:
+            return EngineRequest(id, ids, experts, sampling)
+        strengths = tuple((key, self._strength[key]) for key, _ in experts)
+        return EngineRequest(id, ids, strengths, sampling, gate=GATE)
 
     def answer(
         self,
@@ -201,7 +213,33 @@ def load_engine(
         for expert in mixture.experts:
             engine.add_expert(expert.key, expert.folder)
             task.advance(1, expert.key)
+    if mixture.gate is not None:
+        engine.add_gate(GATE, open_gate(mixture.gate, lm.device))
     return lm, engine
+
+
+def open_gate(choice: GateChoice, device: Any, engine_keys: Mapping[str, str] | None = None) -> Gate:
+    """The gate with its learned router, if any, on `device`.
+
+    `engine_keys`: mixture key -> the engine's, where they differ. Raises Corrupt for a router file that cannot be read.
+    """
+    tensors: dict[str, Any] = {}
+    keys: list[str] = []
+    if choice.file is not None:
+        import safetensors
+
+        try:
+            with safetensors.safe_open(choice.file, "pt") as opened:
+                keys = list(json.loads((opened.metadata() or {})["experts"]))
+                tensors = {name: opened.get_tensor(name).to(device).float() for name in opened.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise Corrupt(f"the gate's router is damaged: {error!r}", where=str(choice.file)) from None
+    gate: Gate = plugins.load("gate", choice.name)(
+        gate_options(choice.name, choice.params),
+        tensors=tensors or None,
+        experts=[engine_keys[key] if engine_keys else key for key in keys],
+    )
+    return gate
 
 
 def open_engine(
