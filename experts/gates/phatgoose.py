@@ -36,7 +36,8 @@ class LocalTerm(PrototypeGate):
     def prepared(self, vectors: torch.Tensor) -> torch.Tensor:
         from xpert.experts.gates._prototypes import normed
 
-        return normed(vectors) / vectors.shape[-1] ** 0.5
+        width: int = vectors.shape[-1]
+        return normed(vectors) / width**0.5
 
     def logits(self, hidden: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         from xpert.experts.gates._prototypes import normed
