@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -36,8 +37,7 @@ class LocalTerm(PrototypeGate):
     def prepared(self, vectors: torch.Tensor) -> torch.Tensor:
         from xpert.experts.gates._prototypes import normed
 
-        width: int = vectors.shape[-1]
-        return normed(vectors) / width**0.5
+        return normed(vectors) / math.sqrt(vectors.shape[-1])
 
     def logits(self, hidden: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         from xpert.experts.gates._prototypes import normed

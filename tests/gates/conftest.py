@@ -22,8 +22,11 @@ SHAPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "d": (1, MODULES),
 }
 
-MIXTURES: dict[str, Callable[[Sequence[Expert], Mapping[str, int]], dict[str, torch.Tensor]]] = {}
-"""A gate learned for a mixture -> its router's tensors for these experts, given the width of each module's input."""
+MIXTURES: dict[str, Callable[[Any, Sequence[Expert], Mapping[str, int]], dict[str, torch.Tensor]]] = {}
+"""A gate learned for a mixture -> its router's tensors for these experts, given the width of each module's input.
+
+Gates that draw untrained tensors themselves (`new_tensors`) need no entry.
+"""
 
 
 @dataclass(eq=False)
@@ -58,6 +61,15 @@ def experts() -> list[Expert]:
     return [make_expert(key, rank, modules, seed=ord(key)) for key, (rank, modules) in SHAPES.items()]
 
 
+def _drawn(gate: Any, experts: Sequence[Expert], widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Untrained tensors of every module, large enough for weights to differ."""
+    generator = torch.Generator().manual_seed(11)
+    found: dict[str, torch.Tensor] = {}
+    for module, width in widths.items():
+        found |= gate.new_tensors(module, width, experts, generator)
+    return {name: 20 * tensor if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
 @pytest.fixture
 def make_gate() -> Callable[..., Any]:
     """`make_gate("arrow", experts, top=2)`: a gate of that name, ready for these experts."""
@@ -67,8 +79,10 @@ def make_gate() -> Callable[..., Any]:
         settings = kind.Options.from_mapping(options)
         if kind.learned != "mixture":
             return kind(settings)
-        assert name in MIXTURES, f"say in MIXTURES how the router of gate {name} is made"
+        keys = [expert.key for expert in experts]
         widths = {module: update.a.shape[1] for e in experts for module, update in e.modules.items()}
-        return kind(settings, tensors=MIXTURES[name](experts, widths), experts=[e.key for e in experts])
+        assert name in MIXTURES or hasattr(kind, "new_tensors"), f"say in MIXTURES how the router of {name} is made"
+        tensors = MIXTURES.get(name, _drawn)(kind(settings, experts=keys), experts, widths)
+        return kind(settings, tensors=tensors, experts=keys)
 
     return make

@@ -80,7 +80,7 @@ class Toy(nn.Module):
 
 
 @pytest.fixture
-def planted() -> tuple[Toy, dict[str, LowRank], list[tuple[tuple[int, ...], int]], list[Row]]:
+def planted() -> tuple[Toy, dict[str, LowRank], list[Any], list[Row]]:
     """An expert that is right where the fifth coordinate is positive, and wrong where it is negative."""
     b = torch.zeros(12, 4)
     b[8:, :] = 4 * torch.eye(4)
