@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["GATES_FILE", "Adapter", "LowRank", "read_adapter"]
+__all__ = ["CONFIG_FILE", "GATES_FILE", "WEIGHTS_FILE", "Adapter", "LowRank", "read_adapter", "read_gates_file"]
 
 GATES_FILE = "gates.safetensors"
 """What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
@@ -105,6 +105,11 @@ def read_adapter(key: str, folder: Path, base: LanguageModel, *, device: torch.d
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
     gates, digests = _read_gates(folder, place)
     return Adapter(key, hash_json([config, digest, *digests]), modules, gates)
+
+
+def read_gates_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a gates file as they lie there; raises Corrupt where it is damaged."""
+    return _load(path)[0]
 
 
 def _read_gates(folder: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -18,9 +18,10 @@ from xpert.protocols import EngineRequest, Gate, Route, RouteRequest, Sampling, 
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
+    from xpert.experts.gate_bias import ExpertCosines
     from xpert.language_model import LanguageModel
 
-__all__ = ["MixtureRunner", "Reply", "load_engine", "open_engine", "open_gate"]
+__all__ = ["MixtureRunner", "Reply", "gate_cosines", "load_engine", "open_engine", "open_gate"]
 
 ENGINE = "torch-lora"
 GATE = "mixture"
@@ -67,6 +68,7 @@ class MixtureRunner:
         self.engine = engine
         self.router = router
         self._strength = {expert.key: expert.weight for expert in mixture.experts}
+        self._cosines = gate_cosines(mixture, device=str(lm.device))
 
     @classmethod
     def open(
@@ -124,7 +126,11 @@ class MixtureRunner:
         if not gated or self.mixture.gate is None or not experts:
             return EngineRequest(id, ids, experts, sampling)
         strengths = tuple((key, self._strength[key]) for key, _ in experts)
-        return EngineRequest(id, ids, strengths, sampling, gate=GATE)
+        bias: WeightedExperts = ()
+        if self._cosines is not None:
+            prompt = RouteRequest(id, tuple(messages)).prompt
+            bias = tuple(pair for pair in self._cosines.gate_bias([prompt])[0] if pair[0] in dict(strengths))
+        return EngineRequest(id, ids, strengths, sampling, gate=GATE, gate_bias=bias)
 
     def answer(
         self,
@@ -240,6 +246,19 @@ def open_gate(choice: GateChoice, device: Any, engine_keys: Mapping[str, str] | 
         experts=[engine_keys[key] if engine_keys else key for key in keys],
     )
     return gate
+
+
+def gate_cosines(mixture: Mixture, *, device: str = "auto", seed: int = 0) -> ExpertCosines | None:
+    """What gives requests their bias, where the mixture's gate wants one."""
+    from xpert.experts.gate_bias import BiasedGate
+
+    if mixture.gate is None:
+        return None
+    gate = plugins.load("gate", mixture.gate.name)(gate_options(mixture.gate.name, mixture.gate.params))
+    if not isinstance(gate, BiasedGate):
+        return None
+    experts = [expert.routable() for expert in mixture.experts]
+    return gate.request_bias(experts, base=mixture.base.ref, device=device, seed=seed)
 
 
 def open_engine(

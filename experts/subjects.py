@@ -12,7 +12,7 @@ from xpert.errors import BadInput, NotFound
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
-from xpert.experts.serving import open_engine, open_gate
+from xpert.experts.serving import gate_cosines, open_engine, open_gate
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
@@ -233,7 +233,18 @@ def _behind_gate(subject: Subject, mixture: Mixture, lm: Any, engine: Any, keys:
     def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
         return [tuple((key, strength[key]) for key, _ in experts) for experts in subject.assign(items)]
 
-    return Subject(subject.name, assign, gate)
+    cosines = gate_cosines(mixture, device=str(lm.device))
+    if cosines is None:
+        return Subject(subject.name, assign, gate)
+
+    def biases(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        prompts = [RouteRequest(item.row.id, item.row.messages).prompt for item in items]
+        found = zip(cosines.gate_bias(prompts), subject.assign(items), strict=True)
+        return [
+            tuple((keys[key], cosine) for key, cosine in bias if keys[key] in dict(experts)) for bias, experts in found
+        ]
+
+    return Subject(subject.name, assign, gate, biases)
 
 
 def _add_experts(engine: Any, mixture: Mixture) -> dict[str, str]:
