@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
     def open(self, ask: Ask) -> Stream: ...
 
-    def score(self, ask: Ask, first: int) -> Sequence[float]:
-        """Log-probabilities of the prompt's tokens from index `first` on, each given all before it."""
+    def score(self, ask: Ask, token: int) -> float:
+        """Log-probability of `token` right after the prompt; `ask.fields` are `scoring_fields(token)`."""
 
     def close(self) -> None: ...

@@ -14,7 +14,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -83,16 +83,16 @@ class HttpBackend:
             body["return_tokens_as_token_ids"] = True
         return _HttpStream(self, ask, body)
 
-    def score(self, ask: Ask, first: int) -> Sequence[float]:
-        status, reply = self._exchange("POST", "/v1/completions", self._body(ask))
+    def score(self, ask: Ask, token: int) -> float:
+        body = self._body(ask) | {"return_tokens_as_token_ids": True}
+        status, reply = self._exchange("POST", "/v1/completions", body)
         if status != 200:
             raise self.refusal(status, reply, ask)
         try:
-            told = reply["choices"][0]["prompt_logprobs"]
-            return [float(told[place][str(ask.prompt_ids[place])]["logprob"]) for place in range(first, len(told))]
+            return float(reply["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
         except (KeyError, IndexError, TypeError, ValueError):
             raise Unavailable(
-                "the server answers without the prompt's log-probabilities",
+                "the server answers without the log-probability asked for",
                 where=self._url,
                 hint="use vLLM 0.32 or later",
             ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any
 
 from xpert.errors import BadInput, Unavailable, XpertError
@@ -14,7 +14,7 @@ from xpert.protocols import TokenLogprob
 
 __all__ = ["LocalBackend"]
 
-LISTS = 0.2
+LISTENS = 0.2
 """Seconds between looks at whether a stream was closed, while vLLM is silent."""
 
 
@@ -74,19 +74,19 @@ class LocalBackend:
     def open(self, ask: Ask) -> _LocalStream:
         return _LocalStream(self, ask)
 
-    def score(self, ask: Ask, first: int) -> Sequence[float]:
+    def score(self, ask: Ask, token: int) -> float:
         told: Any = None
 
         async def run() -> None:
             nonlocal told
             async for output in self.generate(ask, delta=False):
-                told = output.prompt_logprobs
+                told = output.outputs[0].logprobs
 
         try:
             self._wait(run())
         except Exception as error:
             raise _error(error, _words(error)) from error
-        return [float(told[place][ask.prompt_ids[place]].logprob) for place in range(first, len(ask.prompt_ids))]
+        return float(told[0][token].logprob)
 
     def close(self) -> None:
         if not self._loop.is_closed():
@@ -135,7 +135,7 @@ class _LocalStream:
         try:
             while not self._closed.is_set():
                 try:
-                    found = self._outputs.get(timeout=LISTS)
+                    found = self._outputs.get(timeout=LISTENS)
                 except queue.Empty:
                     continue
                 if isinstance(found, Exception):

@@ -88,7 +88,11 @@ def sampling_fields(sampling: Sampling, ends: Iterable[int], *, room: int) -> di
     return fields
 
 
-def scoring_fields() -> dict[str, Any]:
-    """Parameters under which vLLM tells the log-probability of every prompt token; it always makes one token more."""
-    neutral = sampling_fields(Sampling(max_tokens=1), (), room=1)
-    return {**neutral, "prompt_logprobs": 0}
+def scoring_fields(token: int) -> dict[str, Any]:
+    """Parameters under which vLLM tells the log-probability of `token` as the next one.
+
+    Not by `prompt_logprobs`, which would score a continuation in one request: with LoRA these are wrong where an
+    adapter changes lm_head (vllm-project/vllm#51594), and end the engine in vLLM 0.32 on CPU.
+    """
+    neutral = sampling_fields(Sampling(max_tokens=1, logprobs=1), (), room=1)
+    return {**neutral, "logprob_token_ids": [token]}

@@ -192,8 +192,9 @@ class VllmEngine:
     ) -> list[list[float]]:
         """Log-probability of each token of one continuation per request, given its prompt and experts.
 
-        Sampling is not looked at. Raises BadInput for an empty prompt or continuation, and where prompt and
-        continuation leave no room for the one token that vLLM always makes.
+        A request to vLLM per token of a continuation, each behind the last, so that vLLM's prefix cache holds what
+        comes before. Sampling is not looked at. Raises BadInput for an empty prompt or continuation, and beyond the
+        context.
         """
         if len(requests) != len(continuations):
             raise ValueError(f"{len(requests)} requests, but {len(continuations)} continuations")
@@ -202,7 +203,7 @@ class VllmEngine:
             where = f"request {request.id}"
             if not continuation:
                 raise BadInput("the continuation is empty", where=where)
-            self._check_prompt(request.prompt_ids, where=where, room=len(continuation) + 1)
+            self._check_prompt(request.prompt_ids, where=where, room=len(continuation))
             self._check_prompt(continuation, where=where, room=0)
             asks.append((request, continuation, self._resolve(request.experts, where=where)))
         with ThreadPoolExecutor(self.max_batch, thread_name_prefix="xpert-vllm-score") as pool:
@@ -217,8 +218,10 @@ class VllmEngine:
         found: list[float] = []
 
         def work(adapter: Served | None) -> None:
-            ask = Ask(request.id, (*request.prompt_ids, *continuation), scoring_fields(), adapter)
-            found.extend(self._backend.score(ask, len(request.prompt_ids)))
+            for place in range(len(found), len(continuation)):
+                token = continuation[place]
+                prompt = (*request.prompt_ids, *continuation[:place])
+                found.append(self._backend.score(Ask(request.id, prompt, scoring_fields(token), adapter), token))
 
         with_adapter(self._store, experts, work)
         return found

@@ -67,7 +67,7 @@ COMPLETION: dict[str, Callable[[Any], bool]] = {
     "stop": listed(text),
     "stop_token_ids": listed(whole(0)),
     "logprobs": whole(0, MAX_LOGPROBS),
-    "prompt_logprobs": whole(0, MAX_LOGPROBS),
+    "logprob_token_ids": listed(whole(0)),
     "stream": yes,
     "return_token_ids": yes,
     "return_tokens_as_token_ids": yes,
@@ -227,8 +227,8 @@ class Handler(BaseHTTPRequestHandler):
         it = self.stand_in
         wrong = [f"{name}={body[name]!r}" for name in body if name not in COMPLETION or not COMPLETION[name](body[name])]
         wrong += [f"{name} is missing" for name in NEEDED - set(body)]
-        if body.get("stream") and body.get("prompt_logprobs"):
-            wrong.append("prompt_logprobs are not available when stream=True")
+        if "logprob_token_ids" in body and "logprobs" not in body:
+            wrong.append("when using `logprob_token_ids`, `logprobs` must be set.")
         if len(body["prompt"]) + body["max_tokens"] > it.context:
             wrong.append("the maximum context length is passed")
         if wrong:
@@ -238,13 +238,16 @@ class Handler(BaseHTTPRequestHandler):
         return self.stream(body) if body.get("stream") else self.score(body)
 
     def score(self, body: dict[str, Any]) -> None:
-        ids = body["prompt"]
-        told = self.stand_in.logits(body["model"], ids).double().log_softmax(-1)
-        known: list[Any] = [None]
-        for place in range(1, len(ids)):
-            value = {"logprob": float(told[place - 1, ids[place]]), "rank": 1, "decoded_token": "?"}
-            known.append({str(ids[place]): value})
-        choice = {"index": 0, "text": "?", "finish_reason": "length", "prompt_logprobs": known}
+        assert body["max_tokens"] == 1 and body["return_tokens_as_token_ids"]
+        told = self.stand_in.logits(body["model"], body["prompt"])[-1].double().log_softmax(-1)
+        tokens = [int(told.argmax()), *body["logprob_token_ids"]]
+        logprobs = {
+            "text_offset": [0],
+            "tokens": [f"token_id:{tokens[0]}"],
+            "token_logprobs": [float(told[tokens[0]])],
+            "top_logprobs": [{f"token_id:{token}": float(told[token]) for token in tokens}],
+        }
+        choice = {"index": 0, "text": "?", "finish_reason": "length", "logprobs": logprobs}
         self.reply(200, {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]})
 
     def stream(self, body: dict[str, Any]) -> None:

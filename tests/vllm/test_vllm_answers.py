@@ -47,6 +47,7 @@ def test_stop_strings_and_lengths_are_the_torch_engines(
     plain = replies(torch_engine, [ask("plain", PROMPTS[0], SETS["two"], max_tokens=24)])["plain"][0]
     stops = [(plain[4:6],), (plain[3:9], "never"), (plain[:1],), ("never",)]
     asked = [ask(str(n), PROMPTS[0], SETS["two"], max_tokens=24, stop=stop) for n, stop in enumerate(stops)]
+    asked.append(ask("short", PROMPTS[0], SETS["two"], max_tokens=3))
     got = replies(engine, asked)
     assert got == replies(torch_engine, asked)
     assert {finished for _, finished, _ in got.values()} == {"stop", "length"}
