@@ -225,7 +225,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         it = self.stand_in
-        wrong = [f"{name}={body[name]!r}" for name in body if name not in COMPLETION or not COMPLETION[name](body[name])]
+        wrong = [
+            f"{name}={body[name]!r}" for name in body if name not in COMPLETION or not COMPLETION[name](body[name])
+        ]
         wrong += [f"{name} is missing" for name in NEEDED - set(body)]
         if "logprob_token_ids" in body and "logprobs" not in body:
             wrong.append("when using `logprob_token_ids`, `logprobs` must be set.")

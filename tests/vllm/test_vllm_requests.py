@@ -114,7 +114,7 @@ def test_ranks_beyond_the_limit_are_refused(
     assert "set max-lora-rank here to the same" in str(caught.value)
     with pytest.raises(BadInput, match="big has rank 9, and this vLLM takes at most 8"):
         engine.add_expert("big", make_adapter(seed=1, r=9))
-    with pytest.raises(BadInput, match="vLLM takes 1, 8, 16"):
+    with pytest.raises(BadInput, match="VLLM takes 1, 8, 16"):
         VllmOptions(max_lora_rank=20)
 
 
@@ -173,7 +173,7 @@ def test_one_requests_failure_leaves_the_others_alone(
     stand_in.fail = lambda path, body: answer if body.get("prompt") == list(requests[1].prompt_ids) else None
     texts, failures = said(engine, requests)
     assert texts == wanted and set(failures) == {"bad"}
-    assert type(failures["bad"]) is kind and says in str(failures["bad"])
+    assert type(failures["bad"]) is kind and says.lower() in str(failures["bad"]).lower()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,11 @@ def test_one_requests_failure_leaves_the_others_alone(
     [
         ("cut_after", 2, "the server ended a reply before its end|connection to vLLM was lost"),
         ("fail_inside", {"error": {"message": "engine died", "code": 500}}, "status 500: engine died"),
-        ("fail_inside", {"choices": [{"index": 0, "token_ids": [], "finish_reason": "abort"}]}, r"gave .* up \(abort\)"),
+        (
+            "fail_inside",
+            {"choices": [{"index": 0, "token_ids": [], "finish_reason": "abort"}]},
+            r"gave .* up \(abort\)",
+        ),
         ("fail_inside", {"surprise": 1}, "is not a completion"),
         ("without_ids", True, "sends no token ids. Use vLLM 0.32"),
     ],
@@ -197,7 +201,7 @@ def test_a_reply_that_breaks_off_is_no_reply(
 def test_no_server_is_unavailable(lm: LanguageModel) -> None:
     with pytest.raises(Unavailable, match=r"no vLLM server answers .*vllm serve BASE --enable-lora"):
         VllmEngine(lm, options=VllmOptions(base_url="http://127.0.0.1:9"))
-    with pytest.raises(BadInput, match="give it as http://HOST:PORT"):
+    with pytest.raises(BadInput, match="Give it as http://HOST:PORT"):
         VllmEngine(lm, options=VllmOptions(base_url="localhost:8000"))
 
 
