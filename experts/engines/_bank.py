@@ -173,9 +173,15 @@ class AdapterBank:
         It is loaded to the device as room allows, else to host memory, and none of it is evicted for what is wanted
         after it. Sessions that share a bank each name themselves as `owner` (held weakly).
         """
+        handles = list(dict.fromkeys(handles))
+        owner = self._owner if owner is None else owner
+        with self._lock:
+            self._check_usable()
+            if self._wants.has_list(owner, [self._versions.get(handle) for handle in handles]):
+                return  # said at every step of a session: nothing has changed
         with self._changing():
-            versions = list(dict.fromkeys(map(self._version, handles)))
-            for version in self._wants.set_list(self._owner if owner is None else owner, versions):
+            versions = [self._version(handle) for handle in handles]
+            for version in self._wants.set_list(owner, versions):
                 version.failure = None
 
     def acquire(self, handles: Sequence[Handle]) -> Lease | None:
@@ -185,6 +191,11 @@ class AdapterBank:
         A set whose adapters are all there is kept back only while another has waited for room through `patience`
         leases. Raises BadInput where the set can never be on the device at once.
         """
+        with self._lock:
+            self._check_usable()
+            known = [self._versions.get(handle) for handle in handles]
+            if self._wants.has_asked(known) and not self._may_lease(known):
+                return None  # asked at every step of a session: nothing has changed
         with self._changing():
             versions = tuple(map(self._version, handles))
             self._check_fits(handles)
@@ -397,8 +408,8 @@ class AdapterBank:
         parts += [f"{limits.device_experts:,} experts"] if limits.device_experts is not None else []
         return " and ".join(parts)
 
-    def _may_lease(self, versions: Sequence[Version]) -> bool:
-        if any(version.device is None for version in versions):
+    def _may_lease(self, versions: Sequence[Version | None]) -> bool:
+        if any(version is None or version.device is None for version in versions):
             return False
         if self._blocked is None:
             return True

@@ -72,8 +72,8 @@ class Counters:
 
     hits + misses = adapters leased; a hit was on the device when it was first asked for. uploads - evictions =
     resident, and loads - host_evictions = in_host: what leaves a tier counts as evicted, whether for want of room or
-    because it was removed or replaced. bytes_uploaded counts what was copied, which is nothing where both tiers are the
-    same memory. device_bytes includes an adapter on its way there.
+    because it was removed or replaced, and so does what only passes through host memory. bytes_uploaded counts what
+    was copied, which is nothing where both tiers are the same memory. device_bytes includes an adapter on its way.
     """
 
     hits: int

@@ -86,6 +86,15 @@ class Wants:
             self._asked = {versions: asked for versions, asked in self._asked.items() if not versions & dropped}
         return dropped
 
+    def has_list(self, owner: object, versions: Sequence[Version | None]) -> bool:
+        """Whether this is the owner's list already."""
+        return list(self._lists.get(owner, ())) == versions
+
+    def has_asked(self, versions: Iterable[Version | None]) -> bool:
+        """Whether the set is a demand already."""
+        asked = self._asked.get(frozenset(version for version in versions if version is not None))
+        return asked is not None and not asked.met
+
     def listed(self, version: Version) -> bool:
         return any(version in versions for versions in list(self._lists.values()))
 

@@ -148,16 +148,16 @@ class Tiers:
 
     def keep_on_host(
         self, version: Version, packed: PackedAdapter, order: Sequence[Version], pinned: Collection[Version]
-    ) -> bool:
+    ) -> None:
         """Keeps a host copy where there is room, or room can be made."""
         rank = {other: place for place, other in enumerate(order)}
         if not self._host_could_hold(version, rank, pinned):
-            return False
+            self.host_evictions += 1  # passed through
+            return
         self._set_host(version, packed)
         if not version.on_device:
             self.touch(version)
         self.trim_host(rank, pinned)
-        return version.host is not None
 
     def keep_if_free(self, version: Version, packed: PackedAdapter) -> bool:
         """Keeps a host copy where that costs no other its place."""

@@ -23,7 +23,7 @@ def _layers() -> Any:
     return torch.nn.ModuleDict({name: torch.nn.Linear(*shape, bias=False) for name, shape in MODULES.items()})
 
 
-@dataclass
+@dataclass(eq=False)
 class StandIn:
     """What the bank needs of a `LanguageModel`."""
 
@@ -70,9 +70,14 @@ def write_adapter(folder: Path, seed: int, *, rank: int = 2, scale: float = 0.3,
     return folder
 
 
-def adapter_bytes(rank: int = 2) -> int:
-    """What an adapter of `write_adapter` takes in float32."""
-    return sum(4 * rank * (inputs + outputs) for inputs, outputs in MODULES.values())
+@pytest.fixture(scope="session")
+def stepped(base: StandIn) -> Callable[..., SteppedBank]:
+    """`stepped(device_experts=2)`: a bank the test drives; for tests of many examples, which close it themselves."""
+
+    def make(*, on_evict: Callable[[Adapter], None] | None = None, **options: Any) -> SteppedBank:
+        return SteppedBank(base, ResidencyOptions(**options), on_evict=on_evict)
+
+    return make
 
 
 @pytest.fixture
@@ -105,3 +110,11 @@ def make_bank(base: StandIn) -> Iterator[Callable[..., Any]]:
     yield make
     for bank in made:
         bank.close()
+
+
+@pytest.fixture(scope="session")
+def lm_on_cpu(tiny_base: Path) -> Any:
+    """The tiny model as a `LanguageModel`."""
+    from xpert.language_model import load_model
+
+    return load_model(str(tiny_base), device="cpu")
