@@ -137,7 +137,7 @@ def recruit(
     candidates = fit[: options.pool_size(len(fit))]
     alike = _likeness(lm, {one.key: experts[one.key] for one in candidates}, options, progress)
     search = choose_group([one.rank for one in candidates], alike, options)
-    found = [_candidate(index, candidates, search, alike, base) for index in range(len(candidates))]
+    found = [_candidate(index, candidates, search, alike, base, options) for index in range(len(candidates))]
     found.sort(key=lambda one: not one.chosen)  # stable: best ranks first in both parts
     tried, able = {one.key for one in candidates}, {one.key for one in fit}
     found += [_left_out(one, base, len(candidates), is_able=one.key in able) for one in ranked if one.key not in tried]
@@ -181,7 +181,12 @@ def _likeness(
 
 
 def _candidate(
-    index: int, candidates: Sequence[Recruit], search: GroupSearch, alike: NDArray[np.float64], base: Showing
+    index: int,
+    candidates: Sequence[Recruit],
+    search: GroupSearch,
+    alike: NDArray[np.float64],
+    base: Showing,
+    options: RecruitOptions,
 ) -> Recruit:
     """A candidate with its place in or outside the group, and why."""
     one = candidates[index]
@@ -196,8 +201,9 @@ def _candidate(
         return replace(one, chosen=True, reason=reason, similarity=similarity)
     rival = search.rivals[index]
     named = " + ".join(candidates[member].key for member in rival.members)
-    reason += f"; the best group with it, {named}, comes to {_figures(rival)} against {search.group.objective:g}"
-    if rival.objective == search.group.objective:
+    what = "group with it" if options.search == "exact" else "exchange for it"
+    reason += f"; the best {what}, {named}, comes to {_figures(rival)} against {search.group.objective:g}"
+    if rival.objective == search.group.objective and options.search == "exact":
         reason += "; of equal groups the one whose members rank first is taken"
     return replace(one, reason=reason, similarity=similarity)
 

@@ -58,7 +58,9 @@ def score_shots(
     wanted = encode_examples(lm.tokenizer, [replace(row, response=target_of(row)) for row in shots])
     sampling = Sampling(max_tokens=max(len(ids) - start for ids, start in encoded) + 8)
     requests = [
-        EngineRequest(f"shot {index + 1} for {name or 'the base'}", tuple(ids[:start]), experts, sampling)
+        EngineRequest(
+            f"shot {index + 1} for {f'expert {name}' if name else 'the base'}", tuple(ids[:start]), experts, sampling
+        )
         for name, experts in sets.items()
         for index, (ids, start) in enumerate(encoded)
     ]

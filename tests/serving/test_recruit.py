@@ -74,13 +74,13 @@ def test_the_best_group_is_in_and_all_say_why() -> None:
 
 def test_diversity_lets_the_twin_of_a_member_stay_out() -> None:
     """sure + likely would have ranks 7 as sure + right has, but they are nearly the same expert."""
-    for search in ("exact", "greedy"):
+    for search, what in (("exact", "group with it"), ("greedy", "exchange for it")):
         found = recruited(FIVE, {"sure likely": 0.9, "sure right": 0.1}, max_experts=2, search=search)
         assert found.chosen == ("sure", "right")
         out = next(one for one in found.experts if one.key == "likely")
         assert out.similarity == pytest.approx(0.45)
         assert out.reason.endswith(
-            "mean cosine to the group 0.450; the best group with it, sure + likely, comes to 10 (ranks 7 + diversity "
+            f"mean cosine to the group 0.450; the best {what}, sure + likely, comes to 10 (ranks 7 + diversity "
             "3) against 9"
         )
 
@@ -227,6 +227,22 @@ def test_rationales_are_part_of_the_perplexity(tiny_base: Path, make_adapter: Ca
         assert found[key].accuracy == plain[key].accuracy
     with pytest.raises(BadInput, match=r"shot s0: the rationale is 3, not text"):
         target_of(replace(SHOTS.rows[0], columns={"rationale": 3}))
+
+
+def test_sets_that_share_batches_show_themselves_as_alone(tiny_base: Path, make_adapter: Callable[..., Path]) -> None:
+    from xpert import plugins
+    from xpert.language_model import load_model
+
+    lm = load_model(str(tiny_base), device="cpu")
+    engine = plugins.load("engine", "torch-lora")(lm, max_batch=4)
+    for seed in range(3):
+        engine.add_expert(f"e{seed}", make_adapter(seed=seed))
+    sets = {"": (), "e0": (("e0", 1.0),), "e1": (("e1", 1.0),), "mean": (("e0", 0.5), ("e2", 0.5))}
+    together = score_shots(lm, engine, sets, SHOTS)
+    for name, experts in sets.items():
+        alone = score_shots(lm, engine, {name: experts}, SHOTS)[name]
+        assert together[name].accuracy == alone.accuracy
+        assert together[name].perplexity == pytest.approx(alone.perplexity, rel=1e-4)
 
 
 def test_twins_and_strangers_end_to_end(
