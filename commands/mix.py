@@ -35,6 +35,10 @@ __all__ = ["command"]
 @click.option(
     "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the router; may be repeated."
 )
+@click.option("--gate", metavar="NAME", help="Weighs the experts token by token: see `xpert methods --kind gate`.")
+@click.option(
+    "--gate-param", "gate_params", multiple=True, metavar="KEY=VALUE", help="A parameter of the gate; may be repeated."
+)
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="mixture.json"
 )
@@ -48,6 +52,8 @@ def command(
     base: str | None,
     router: str,
     params: tuple[str, ...],
+    gate: str | None,
+    gate_params: tuple[str, ...],
     out: Path,
     **options: Any,
 ) -> None:
@@ -56,6 +62,9 @@ def command(
     Takes the experts named, or all of the registry that belong to the base. With --shots it recruits a group of them:
     experts that answer the shots better than the base model, or find the answers likelier (and the explanations, where
     shots have a column `rationale`), and that are not all alike. The output says why each is in or out.
+
+    With --gate, the router says which experts a prompt may use, and the gate weighs those at every token and module;
+    `--router fixed` lets it choose among them all.
     """
     from xpert.data import read_shots
     from xpert.experts.mixing import mix
@@ -71,6 +80,7 @@ def command(
         experts=[ref.strip() for ref in experts.split(",") if ref.strip()] if experts is not None else None,
         shots=read_shots(shots) if shots is not None else None,
         recruiting=_recruiting(options, shots),
+        gate=_gate(gate, gate_params),
         base=base,
         name=out.stem,
         device=session.device,
@@ -94,8 +104,28 @@ def _recruiting(options: dict[str, Any], shots: Path | None) -> RecruitOptions |
     return found if shots is not None else None
 
 
+def _gate(name: str | None, params: tuple[str, ...]) -> Any:
+    """Raises BadInput for a gate whose router has to be trained for a mixture first."""
+    from xpert import plugins
+    from xpert.experts.mixture import GateChoice, gate_options
+
+    if name is None:
+        if params:
+            raise BadInput("--gate-param needs a gate", hint="give --gate NAME")
+        return None
+    if plugins.load("gate", name).learned == "mixture":
+        raise BadInput(
+            f"gate {name} has a router that is trained for a mixture",
+            hint=f"mix without it first, then `xpert train ROWS --mixture MIXTURE --gate {name}`",
+        )
+    given = pairs(params, option="--gate-param")
+    typed = gate_options(name, given).to_dict()
+    return GateChoice(name, {key.replace("-", "_"): typed[key.replace("-", "_")] for key in given})
+
+
 def _text(out: Path, mixture: Any) -> str:
-    lines = [f"{out}: {len(mixture.experts)} experts of {mixture.base.ref} behind router {mixture.router}"]
+    behind = f"router {mixture.router}" + (f" and gate {mixture.gate.name}" if mixture.gate else "")
+    lines = [f"{out}: {len(mixture.experts)} experts of {mixture.base.ref} behind {behind}"]
     if mixture.recruited:
         lines += [f"  {'in ' if r['chosen'] else 'out'}  {r['expert']}  {r['reason']}" for r in mixture.recruited]
     else:

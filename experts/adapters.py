@@ -243,7 +243,7 @@ def _module(
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
-    scaled = b.float() * _scale(name, rank, config)
+    scaled = b.float() * _scale(name, rank, config, where=where)
     return LowRank(a.to(device, base.dtype), scaled.to(device, base.dtype))
 
 
@@ -259,9 +259,11 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+def _scale(module: str, rank: int, config: Mapping[str, Any], *, where: str) -> float:
     """alpha / rank, as peft computes it: the first pattern that matches the end of the module's name decides."""
     alpha = _by_pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise Corrupt(f"the alpha of {module} is {alpha!r}, which is no number", where=where)
     # peft divides by the configured rank, which the tensors must agree with.
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

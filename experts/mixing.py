@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput
-from xpert.experts.mixture import Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert, router_options
 from xpert.experts.recruiting.options import RecruitOptions
 from xpert.progress import SILENT, Progress
 from xpert.records import Shots
@@ -30,6 +30,7 @@ def mix(
     experts: Sequence[str] | None = None,
     shots: Shots | None = None,
     recruiting: RecruitOptions | None = None,
+    gate: GateChoice | None = None,
     base: str | None = None,
     name: str = "mixture",
     device: str = "auto",
@@ -53,6 +54,7 @@ def mix(
         name=name,
         registry=str(registry.folder.resolve()),
         base=model,
+        gate=gate,
     )
     if shots is None:
         return mixture
@@ -111,6 +113,7 @@ def _recruited(mixture: Mixture, shots: Shots, options: RecruitOptions, device: 
         registry=mixture.registry,
         base=mixture.base,
         recruited=found.lines(),
+        gate=mixture.gate,
     )
 
 

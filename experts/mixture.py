@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -132,9 +133,9 @@ class Mixture:
     gate: GateChoice | None = None
 
     def __post_init__(self) -> None:
-        keys = [expert.key for expert in self.experts]
-        for key in keys:
-            if keys.count(key) > 1:
+        counts = Counter(expert.key for expert in self.experts)
+        for key, count in counts.items():
+            if count > 1:
                 raise BadInput(f"two experts of the mixture are called {key!r}", hint="name one of them only")
             if key in (BASE, self.name):
                 raise BadInput(f"an expert may not be called {key!r}: that name means something else here")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.engines._bank_options import ResidencyOptions
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
@@ -79,11 +80,14 @@ class MixtureRunner:
         dtype: str = "auto",
         seed: int = 0,
         max_batch: int = 16,
+        residency: ResidencyOptions | None = None,
         progress: Progress = SILENT,
     ) -> MixtureRunner:
         """Prepares the router, loads the base model and every expert."""
         router = MixtureRouter(mixture, seed=seed, device=device)
-        lm, engine = load_engine(mixture, device=device, dtype=dtype, max_batch=max_batch, progress=progress)
+        lm, engine = load_engine(
+            mixture, device=device, dtype=dtype, max_batch=max_batch, residency=residency, progress=progress
+        )
         return cls(mixture, lm, engine, router)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -209,11 +213,23 @@ class MixtureRunner:
 
 
 def load_engine(
-    mixture: Mixture, *, device: str, dtype: str = "auto", max_batch: int, progress: Progress = SILENT
+    mixture: Mixture,
+    *,
+    device: str,
+    dtype: str = "auto",
+    max_batch: int,
+    residency: ResidencyOptions | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """The base model of a mixture and an engine that holds all its experts. Errors as in `open_engine`."""
     lm, engine = open_engine(
-        mixture.base.ref, mixture.base.fingerprint, device=device, dtype=dtype, max_batch=max_batch, progress=progress
+        mixture.base.ref,
+        mixture.base.fingerprint,
+        device=device,
+        dtype=dtype,
+        max_batch=max_batch,
+        residency=residency,
+        progress=progress,
     )
     with progress.task("loading experts", total=len(mixture.experts)) as task:
         for expert in mixture.experts:
@@ -268,6 +284,7 @@ def open_engine(
     device: str,
     dtype: str = "auto",
     max_batch: int,
+    residency: ResidencyOptions | None = None,
     progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """A base model and an engine without experts on it.
@@ -289,7 +306,7 @@ def open_engine(
             where=base,
             hint="restore that model, or train the expert again",
         )
-    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
+    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch, residency=residency)
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

@@ -117,6 +117,11 @@ class VllmSession:
         found, self._failures = self._failures, []
         return found
 
+    def close(self) -> None:
+        """Takes all requests out."""
+        for request_id in self.pending:
+            self.cancel(request_id)
+
     def step(self) -> list[Piece]:
         """What has come since the last step; waits a moment for the first of it."""
         pieces: list[Piece] = []

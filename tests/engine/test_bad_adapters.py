@@ -28,9 +28,6 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 Ask = Callable[..., EngineRequest]
 Unharmed = Callable[[], AbstractContextManager[Any]]
 
-needs_gates = pytest.mark.skipif(not hasattr(TorchEngine, "add_gate"), reason="the engine has no gates yet")
-alpha_is_not_checked = pytest.mark.xfail(strict=True, reason="the scale of an adapter is not checked yet")
-
 
 @pytest.fixture
 def unharmed(engine: TorchEngine, ask: Ask) -> Unharmed:
@@ -149,11 +146,9 @@ def other_base(folder: Path) -> None:
         pytest.param(config(modules_to_save=["lm_head"]), BadInput, "modules_to_save", id="saved modules"),
         pytest.param(config(bias="all"), BadInput, "trained biases", id="biases"),
         pytest.param(config(peft_type="LOHA"), BadInput, "LOHA adapters are not served", id="not LoRA"),
-        pytest.param(config(lora_alpha=NAN), Corrupt, "alpha", id="alpha NaN", marks=alpha_is_not_checked),
-        pytest.param(config(lora_alpha="much"), Corrupt, "alpha", id="alpha no number", marks=alpha_is_not_checked),
-        pytest.param(
-            config(alpha_pattern={"q_proj": None}), Corrupt, "alpha", id="alpha nothing", marks=alpha_is_not_checked
-        ),
+        pytest.param(config(lora_alpha=NAN), Corrupt, "alpha", id="alpha NaN"),
+        pytest.param(config(lora_alpha="much"), Corrupt, "alpha", id="alpha no number"),
+        pytest.param(config(alpha_pattern={"q_proj": None}), Corrupt, "alpha", id="alpha nothing"),
     ],
 )
 def test_a_spoiled_adapter(
@@ -221,54 +216,44 @@ class Opening:
         pytest.param({"prompt_ids": (5, 10**6)}, BadInput, "token outside", id="unknown token"),
         pytest.param({"prompt_ids": (-1,)}, BadInput, "token outside", id="negative token"),
         pytest.param({"id": "before"}, BadInput, "of this id is in flight", id="id in use"),
-        pytest.param({"gate": "arow"}, NotFound, "unknown gate 'arow'", id="unknown gate", marks=needs_gates),
+        pytest.param({"gate": "arow"}, NotFound, "unknown gate 'arow'", id="unknown gate"),
         pytest.param(
             {"gate": "half", "experts": (("a", -1.0),)},
             BadInput,
             "strength of expert 'a' is -1",
             id="negative strength behind a gate",
-            marks=needs_gates,
         ),
-        pytest.param(
-            {"gate_bias": (("a", 1.0),)}, BadInput, "bias without a gate", id="bias without gate", marks=needs_gates
-        ),
-        pytest.param(
-            {"gate": "half", "gate_bias": (("a", NAN),)}, BadInput, "'a' is nan", id="bias NaN", marks=needs_gates
-        ),
+        pytest.param({"gate_bias": (("a", 1.0),)}, BadInput, "bias without a gate", id="bias without gate"),
+        pytest.param({"gate": "half", "gate_bias": (("a", NAN),)}, BadInput, "'a' is nan", id="bias NaN"),
         pytest.param(
             {"gate": "half", "gate_bias": (("b", 1.0),)},
             NotFound,
             "unknown expert 'b'",
             id="bias of another expert",
-            marks=needs_gates,
         ),
         pytest.param(
             {"contrast": Contrast("self_contrasd", experts=())},
             NotFound,
             "unknown decoder 'self_contrasd'",
             id="unknown decoder",
-            marks=needs_gates,
         ),
         pytest.param(
             {"contrast": Contrast("self_contrast", {"bet": 1}, experts=())},
             NotFound,
             "unknown parameter 'bet'",
             id="unknown parameter of a decoder",
-            marks=needs_gates,
         ),
         pytest.param(
             {"contrast": Contrast("self_contrast", experts=(("nobody", 1.0),))},
             NotFound,
             "unknown expert 'nobody'",
             id="unknown expert of a contrast",
-            marks=needs_gates,
         ),
         pytest.param(
             {"contrast": Contrast("context_contrast", prompt_ids=())},
             BadInput,
             "prompt is empty",
             id="empty prompt of a contrast",
-            marks=needs_gates,
         ),
     ],
 )

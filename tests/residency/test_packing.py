@@ -155,13 +155,13 @@ def test_logits_move_by_as_much_as_the_error_says(
 ) -> None:
     """The shift of the logits, relative to the expert's whole effect on them, is of the order of the reported error."""
     from xpert.experts.engines._lora_layers import applied
-    from xpert.experts.engines._lora_plan import COSTS, Planner
+    from xpert.experts.engines._lora_plan import COSTS, Planner, RowMixture
 
     folder = make_adapter(seed=3, scale=0.05)
     ids = torch.arange(24)[None]
 
     def logits(adapter: Adapter | None) -> torch.Tensor:
-        rows = [((adapter, 1.0),)] if adapter else [()]
+        rows = [RowMixture(((adapter, 1.0),)) if adapter else RowMixture()]
         with torch.inference_mode(), applied(lm_on_cpu.model, Planner(COSTS["cpu"]).make_plan(rows, 24)):
             found: torch.Tensor = lm_on_cpu.model(input_ids=ids).logits
         return found
