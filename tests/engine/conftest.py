@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def plain_reply(plain: Callable[..., Any], lm: LanguageModel) -> Callable[..., t
         return tuple(made[0, len(prompt) :].tolist())
 
     return reply
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of expert `a` to be spoiled."""
+    return Path(shutil.copytree(folders["a"], tmp_path / "expert"))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -64,12 +63,6 @@ def unharmed(engine: TorchEngine, ask: Ask) -> Unharmed:
 
 
 # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of expert `a` to be spoiled."""
-    return Path(shutil.copytree(folders["a"], tmp_path / "expert"))
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
