@@ -106,6 +106,7 @@ class VllmEngine:
             seen_as=Path(self.options.server_folder) if self.options.server_folder else folder,
         )
         self._experts: dict[str, Expert] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -211,8 +212,10 @@ class VllmEngine:
 
     def close(self) -> None:
         """Makes the vLLM forget the adapters, and ends it where it runs in this process."""
-        self._store.close()
-        self._backend.close()
+        if not self._closed:
+            self._closed = True
+            self._store.close()
+            self._backend.close()
 
     def _score(self, request: EngineRequest, continuation: tuple[int, ...], experts: ExpertSet | None) -> list[float]:
         found: list[float] = []

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's HTTP server, strict about the documented fields, that answers with plain peft on the tiny model.
+"""A stand-in for vLLM's server, strict about the documented fields, answering with plain peft on the tiny model.
 
 It shares no code with the engine under test: adapters are read by peft from the folders it is told, tokens come from a
 plain loop over the whole sequence.
