@@ -347,7 +347,7 @@ def make_engine(
 ) -> Callable[..., VllmEngine]:
     """The engine under test at the stand-in, with all experts: `make_engine(max_batch=4, **options)`."""
 
-    def make(*, max_batch: int = 4, **options: Any) -> VllmEngine:
+    def make(*, max_batch: int = 4, lm: LanguageModel = lm, **options: Any) -> VllmEngine:
         settings = {"base_url": stand_in.url, "max_lora_rank": 64, "adapter_folder": str(tmp_path / "made")} | options
         engine = VllmEngine(lm, max_batch=max_batch, options=VllmOptions(**settings))
         for key, folder in folders.items():

@@ -114,7 +114,7 @@ class AsyncLLM:
         self.ids.append(request_id)
         if self.down:
             raise RuntimeError("EngineDeadError")
-        body = {
+        body: dict[str, Any] = {
             "model": "tiny" if lora_request is None else lora_request.lora_name,
             "prompt": prompt["prompt_token_ids"],
         }
