@@ -30,7 +30,8 @@ def open_base(ref: str, *, progress: Progress = SILENT) -> LanguageModel:
     tokenizer = load_tokenizer(ref)
     with quiet_transformers(), torch.device("meta"):
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32).eval()
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return LanguageModel(
