@@ -58,7 +58,7 @@ class ExpertSet:
         return max(ranks.values())
 
     def __str__(self) -> str:
-        return " + ".join(expert.key for expert, _ in self.members)
+        return " + ".join(sorted(expert.key for expert, _ in self.members))
 
 
 def open_reading_base(lm: LanguageModel) -> LanguageModel:

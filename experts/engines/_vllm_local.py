@@ -38,7 +38,8 @@ class LocalBackend:
             ) from None
         self._params, self._lora, self._delta = SamplingParams, LoRARequest, RequestOutputKind.DELTA
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="xpert-vllm", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="xpert-vllm", daemon=True)
+        self._thread.start()
 
         async def start() -> Any:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args))
@@ -118,6 +119,8 @@ class LocalBackend:
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 class _LocalStream:

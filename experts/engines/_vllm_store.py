@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xpert.errors import Unavailable
+from xpert.errors import XpertError
 from xpert.experts.engines._vllm_adapters import ExpertSet
 from xpert.experts.engines._vllm_backend import Backend, Served
 
@@ -41,11 +41,12 @@ class AdapterUse:
 
 @dataclass(eq=False)
 class _Entry:
-    """One adapter. `pins` and `bytes` are guarded by the store's lock, the rest by the entry's own."""
+    """One adapter. `pins`, `bytes` and `going` are guarded by the store's lock, the rest by the entry's own."""
 
     served: Served
     pins: int = 0
     bytes: int = 0
+    going: bool = False  # chosen to be deleted, and no longer counted
     loaded: bool = False
     hold: int | None = None  # the open lock file while this process uses the folder
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -122,8 +123,8 @@ class AdapterStore:
             entry.loaded = False
             try:
                 self._backend.unload(entry.served)
-            except Unavailable:
-                pass  # a vLLM that is gone keeps nothing; who asks it next hears of it
+            except XpertError:
+                pass  # gone, or it keeps what its name says until it restarts; who asks it next hears of trouble
 
     def _find_earlier(self) -> None:
         if not self._folder.is_dir():
@@ -177,8 +178,8 @@ class AdapterStore:
             try:
                 with entry.lock:
                     with self._lock:
-                        wanted = entry.pins > 1
-                    if not wanted:
+                        entry.going = entry.pins == 1
+                    if entry.going:
                         self._delete(entry, self._folder / name)
             finally:
                 self._unpin(name, entry)
@@ -186,12 +187,13 @@ class AdapterStore:
     def _victim(self) -> _Entry | None:
         """The least recently used entry that nobody uses, pinned for its removal, if the bounds are passed."""
         with self._lock:
-            kept = [entry for entry in self._entries.values() if entry.bytes]
+            kept = [entry for entry in self._entries.values() if entry.bytes and not entry.going]
             if len(kept) <= self._max_adapters and sum(entry.bytes for entry in kept) <= self._max_bytes:
                 return None
             entry = next((entry for entry in kept if not entry.pins), None)
             if entry is not None:
                 entry.pins += 1
+                entry.going = True
             return entry
 
     def _delete(self, entry: _Entry, folder: Path) -> None:
@@ -203,7 +205,7 @@ class AdapterStore:
             _lock_file(folder).unlink(missing_ok=True)
             os.close(hold)
         with self._lock:
-            entry.bytes = 0
+            entry.bytes, entry.going = 0, False
             self._evicted += 1
 
 

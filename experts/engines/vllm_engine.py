@@ -32,6 +32,7 @@ from xpert.experts.engines._vllm_backend import Ask, Backend, Served
 from xpert.experts.engines._vllm_sampling import check_request, sampling_fields, scoring_fields
 from xpert.experts.engines._vllm_session import Prepared, VllmSession, with_adapter
 from xpert.experts.engines._vllm_store import AdapterStore, AdapterUse
+from xpert.progress import SILENT, Progress
 from xpert.protocols import EngineRequest, Piece, WeightedExperts
 from xpert.storage import cache_folder
 
@@ -106,7 +107,15 @@ class VllmEngine:
             seen_as=Path(self.options.server_folder) if self.options.server_folder else folder,
         )
         self._experts: dict[str, Expert] = {}
+        self._closed = False
         self._lock = threading.Lock()
+
+    @staticmethod
+    def open_base(ref: str, *, progress: Progress = SILENT) -> LanguageModel:
+        """The base for this engine: shapes, tokenizer and fingerprint without the weights, which vLLM holds."""
+        from xpert.experts.engines._vllm_base import open_base
+
+        return open_base(ref, progress=progress)
 
     @property
     def experts(self) -> dict[str, str]:
@@ -211,8 +220,10 @@ class VllmEngine:
 
     def close(self) -> None:
         """Makes the vLLM forget the adapters, and ends it where it runs in this process."""
-        self._store.close()
-        self._backend.close()
+        if not self._closed:
+            self._closed = True
+            self._store.close()
+            self._backend.close()
 
     def _score(self, request: EngineRequest, continuation: tuple[int, ...], experts: ExpertSet | None) -> list[float]:
         found: list[float] = []

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's HTTP server, strict about the documented fields, that answers with plain peft on the tiny model.
+"""A stand-in for vLLM's server, strict about the documented fields, answering with plain peft on the tiny model.
 
 It shares no code with the engine under test: adapters are read by peft from the folders it is told, tokens come from a
 plain loop over the whole sequence.
@@ -347,7 +347,7 @@ def make_engine(
 ) -> Callable[..., VllmEngine]:
     """The engine under test at the stand-in, with all experts: `make_engine(max_batch=4, **options)`."""
 
-    def make(*, max_batch: int = 4, **options: Any) -> VllmEngine:
+    def make(*, max_batch: int = 4, lm: LanguageModel = lm, **options: Any) -> VllmEngine:
         settings = {"base_url": stand_in.url, "max_lora_rank": 64, "adapter_folder": str(tmp_path / "made")} | options
         engine = VllmEngine(lm, max_batch=max_batch, options=VllmOptions(**settings))
         for key, folder in folders.items():

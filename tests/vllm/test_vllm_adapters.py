@@ -322,5 +322,5 @@ def test_what_the_server_says_of_an_adapter_is_passed_on(
     with pytest.raises(BadInput, match=r"rank 8 is greater than max_lora_rank 4.*--max-lora-rank"):
         list(engine.generate([request]))
     stand_in.runtime_loading = False
-    with pytest.raises(Unavailable, match="does not load adapters while it runs.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+    with pytest.raises(Unavailable, match=r"does not load adapters while it runs.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         list(engine.generate([request]))

@@ -10,6 +10,7 @@ import pytest
 
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.experts.engines.vllm_engine import VllmEngine
+from xpert.language_model import LanguageModel
 from xpert.protocols import EngineRequest, WeightedExperts
 
 SETS: dict[str, WeightedExperts] = {
@@ -85,7 +86,7 @@ def test_log_probabilities_come_with_the_tokens(
     expected = torch_engine.continuation_logprobs([request], [ids])[0]
     assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-4)
     for token in tokens:
-        assert token.alternatives[0] == (token.token, pytest.approx(token.logprob))  # greedy
+        assert token.alternatives[0] == (token.token, token.logprob)  # greedy
         values = [value for _, value in token.alternatives]
         assert len(values) == 3 and values == sorted(values, reverse=True)
     chosen_alone = ask("r", PROMPTS[0], SETS["two"], logprobs=0)
@@ -151,3 +152,18 @@ def test_requests_taken_before_an_exchange_end_with_what_they_began_with(
     while not session.idle:
         text += "".join(piece.text for piece in session.step())
     assert text == wanted and not session.failures()
+
+
+def test_the_base_is_not_needed_but_for_its_shapes(
+    make_engine: Callable[..., VllmEngine],
+    torch_engine: TorchEngine,
+    lm: LanguageModel,
+    tiny_base: Path,
+    requests: list[EngineRequest],
+    replies: Callable[..., Any],
+) -> None:
+    shapes = VllmEngine.open_base(str(tiny_base))
+    assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
+    assert (shapes.fingerprint, shapes.stop_ids, shapes.architecture) == (lm.fingerprint, lm.stop_ids, lm.architecture)
+    engine = make_engine(lm=shapes)
+    assert replies(engine, requests[:9]) == replies(torch_engine, requests[:9])
