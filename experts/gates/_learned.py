@@ -100,7 +100,12 @@ class LearnedGate:
         """As `at`, with the probabilities and choices that losses are made of."""
         import torch
 
-        columns = self._columns(experts)
+        with torch.inference_mode(False):  # what is made here may be used under autograd, wherever it is made
+            return self._decide_here(module, self._columns(experts), experts)
+
+    def _decide_here(self, module: str, columns: tuple[int, ...], experts: Sequence[GatedExpert]) -> Decide:
+        import torch
+
         has = [module in expert.modules for expert in experts]
         if not any(has):
             return nowhere(columns)

@@ -77,10 +77,9 @@ class RankWise(LearnedGate):
 
         return decide
 
-    def decide(self, module: str, experts: Sequence[GatedExpert]) -> Decide:
-        columns = self._columns(experts)  # an expert without the module has no rank there
+    def _decide_here(self, module: str, columns: tuple[int, ...], experts: Sequence[GatedExpert]) -> Decide:
         if not any(module in expert.modules for expert in experts):
-            return nowhere(columns, 0)
+            return nowhere(columns, 0)  # an expert without the module has no rank there
         return self._decide(module, columns, experts)
 
     def _part(self, module: str, part: str, place: int, column: int, experts: Sequence[GatedExpert]) -> torch.Tensor:

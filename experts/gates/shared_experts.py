@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +32,7 @@ class SharedExperts(LearnedGate):
     """Weight 1 for the shared experts; p = softmax(W x) over the others, of which the `top` largest stay.
 
     What many tasks have in common goes to the shared experts, and the routed ones are free for what they have not. The
-    router has rows for the routed experts alone, so a token's weights add up to the number of shared experts plus 1.
+    router's rows of shared experts are not used. A token's weights add up to the number of shared experts plus 1.
     """
 
     Options = SharedExpertsOptions
@@ -45,24 +45,25 @@ class SharedExperts(LearnedGate):
         for key in options.shared:
             if self.experts and key not in self.experts:
                 raise unknown("shared expert", key, self.experts)
-        if self.experts and not options.shared:
+
+    def begin(self, widths: Mapping[str, int], experts: Sequence[GatedExpert], generator: torch.Generator) -> None:
+        if not self.options.shared:
             raise BadInput("shared-experts has no shared expert", hint="name some with --gate-param shared=KEY,KEY")
-        self.routed = tuple(key for key in self.experts if key not in options.shared)
-        if self.experts and not self.routed:
+        if set(self.experts) <= set(self.options.shared):
             raise BadInput("all experts are shared, which leaves nothing to route", hint="leave one out of `shared`")
+        super().begin(widths, experts, generator)
 
     def _decide(self, module: str, columns: tuple[int, ...], experts: Sequence[GatedExpert]) -> Decide:
         import torch
 
         from xpert.experts.gates._learned_choice import logits_of, softmax_over, top_k
 
-        places = [place for place, expert in enumerate(experts) if expert.key in self.routed]
+        places = [place for place, expert in enumerate(experts) if expert.key not in self.options.shared]
         device = device_of(experts)
-        shared = torch.tensor([expert.key not in self.routed for expert in experts], device=device)
-        rows = tuple(self.routed.index(experts[place].key) for place in places)
-        router = rows_of(self._tensor(module, "router", experts), rows)
+        shared = torch.tensor([expert.key in self.options.shared for expert in experts], device=device)
         at = torch.tensor(places, dtype=torch.long, device=device)
         routed_columns = tuple(columns[place] for place in places)
+        router = rows_of(self._tensor(module, "router", experts), routed_columns)
         top, renormalise = self.options.top, self.options.renormalise
 
         def decide(hidden: torch.Tensor, allowed: torch.Tensor, bias: torch.Tensor | None) -> Routing:
@@ -82,7 +83,7 @@ class SharedExperts(LearnedGate):
     def new_tensors(
         self, site: str, width: int, experts: Sequence[GatedExpert], generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        return {f"{site}.router": drawn(len(self.routed), width, self.options.init, generator)}
+        return {f"{site}.router": drawn(len(experts), width, self.options.init, generator)}
 
     def loss(self, routing: Routing, mask: torch.Tensor, kinds: torch.Tensor | None) -> torch.Tensor | None:
         from xpert.experts.gates._learned_losses import switch_balance
