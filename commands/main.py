@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "methods": ("methods", "List the plug-ins of every seam, or explain one."),
     "influence": ("influence", "Measure how far scores of rows can be trusted on a model."),
     "train": ("train", "Train a LoRA expert on a selection."),
+    "gate": ("gate", "Give a finished expert its vectors for a token gate."),
     "profile": ("profiling", "Score an expert and its base per skill."),
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),
     "mix": ("mix", "Assemble a mixture of experts behind a router."),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["GATES_FILE", "Adapter", "LowRank", "read_adapter"]
+__all__ = ["CONFIG_FILE", "GATES_FILE", "WEIGHTS_FILE", "Adapter", "LowRank", "read_adapter", "read_gates_file"]
 
 GATES_FILE = "gates.safetensors"
 """What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
@@ -107,6 +107,11 @@ def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
     if (folder / GATES_FILE).is_file():
         parts.append(hash_file(folder / GATES_FILE))
     return hash_json(parts)
+
+
+def read_gates_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a gates file as they lie there; raises Corrupt where it is damaged."""
+    return _load(path)
 
 
 def _read_gates(folder: Path, base: LanguageModel) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xpert.experts.expert_report import LOG_FILE, write_expert_report
+from xpert.experts.gate_vectors import MadeGate, write_gate
 from xpert.experts.train_options import TrainOptions
 from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
 from xpert.language_model import LanguageModel
@@ -24,7 +26,8 @@ EXEMPLARS = 64
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training run: the peft model and all that its card tells. `log` are training.jsonl's records."""
+    """A finished training run: the peft model and all that its card tells. `log` are training.jsonl's records, `gate`
+    the vectors for a token gate, where they were asked for."""
 
     model: Any
     lm: LanguageModel
@@ -35,6 +38,7 @@ class Trained:
     key: str
     log: Sequence[Mapping[str, Any]]
     validation_rows: int
+    gate: MadeGate | None = None
 
     @property
     def learned(self) -> list[Row]:
@@ -77,6 +81,8 @@ def write_expert(out: Path, trained: Trained) -> None:
         card = _card(out.name, trained, adapter)
         write_file(draft / "README.md", model_card(card, on_hub=trained.lm.on_hub))
         write_expert_report(draft, card)
+        if trained.gate:
+            card = dataclasses.replace(card, gates={trained.gate.name: write_gate(draft, trained.gate, card)})
         files = {path.name: hash_file(path) for path in sorted(draft.iterdir())}
         ExpertCard(**{**vars(card), "files": files}).write(draft)
 

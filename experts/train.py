@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from xpert.errors import BadInput, XpertError
 from xpert.experts.checkpoints import last_checkpoint, other_work, remove_work, steps_done, work_folder
 from xpert.experts.expert_folder import Trained, write_expert
+from xpert.experts.gate_options import GateOptions
+from xpert.experts.gate_vectors import make_vectors
 from xpert.experts.train_options import TrainOptions
 from xpert.experts.training_data import Encoded, TrainingRows, encode_rows, gather_rows
 from xpert.language_model import LanguageModel, load_model, quiet_transformers
@@ -68,6 +71,11 @@ def train(
         progress.say(f"{out} is trained already, with this configuration and these rows.")
         return out
     check_output(out)
+    if options.gate and _processes() > 1:
+        raise BadInput(
+            f"gate vectors are made in one process, and this run has {_processes()}",
+            hint=f"train without --gate, then `xpert gate {out} ROWS --name {options.gate}`",
+        )
     main = _is_main()
     progress = progress if main else SILENT
     for other in other_work(out, key):
@@ -76,7 +84,7 @@ def train(
         run = _prepare(work, options, seed, data, base, device, progress)
         trained = _train(run, key)
         if main:
-            write_expert(out, trained)
+            write_expert(out, _with_gate(trained, progress))
     if main:
         remove_work(out, key)
     return out
@@ -150,6 +158,23 @@ def _train(run: _Run, key: str) -> Trained:
         log=read_log(run.work),
         validation_rows=len(run.validation.examples),
     )
+
+
+def _with_gate(trained: Trained, progress: Progress) -> Trained:
+    """The trained expert with its vectors for the token gate that was asked for, made while the adapter is frozen."""
+    options, lm = trained.options, trained.lm
+    if options.gate is None:
+        return trained
+    from xpert.experts.gate_training import peft_updates
+
+    settings = GateOptions(shots=options.shots, max_length=options.max_length, dtype=options.dtype)
+    updates = peft_updates(trained.model, lm.dtype)
+    with trained.model.disable_adapter():  # the updates are added by the making of the vectors itself
+        model = trained.model.get_base_model().eval()
+        made = make_vectors(
+            model, updates, trained.data, trained.encoded, options.gate, settings, seed=trained.seed, progress=progress
+        )
+    return dataclasses.replace(trained, gate=made)
 
 
 def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done: int) -> None:

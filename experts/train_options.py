@@ -7,6 +7,7 @@ from typing import Any
 
 from xpert.config import Config, option
 from xpert.errors import BadInput
+from xpert.experts.gate_options import KEPT_GATES
 
 __all__ = ["TrainOptions"]
 
@@ -37,6 +38,7 @@ class TrainOptions(Config):
         "of the base model; auto is bfloat16 on CUDA, float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
     )
+    gate: str | None = option(None, "make the expert's vectors for this token gate too", choices=KEPT_GATES)
     activation_checkpointing: bool = option(False, "recompute activations: less memory, about a third slower")
     checkpoint_steps: int = option(50, "steps between the checkpoints a killed run goes on from", minimum=1)
 
@@ -53,4 +55,5 @@ class TrainOptions(Config):
 
     def shaping(self) -> dict[str, Any]:
         """The options that shape the result, which is all but how often work is saved."""
-        return {name: value for name, value in self.to_dict().items() if name != "checkpoint_steps"}
+        left_out = {"checkpoint_steps"} if self.gate else {"checkpoint_steps", "gate"}
+        return {name: value for name, value in self.to_dict().items() if name not in left_out}

@@ -66,7 +66,8 @@ class ExpertCard:
     """`expert.json`.
 
     `selection` is what the training data was (method, budget, fingerprints of pool and shots), `training` the
-    configuration and figures, `licences` count the rows seen under each licence, `files` map names to sha256.
+    configuration and figures, `licences` count the rows seen under each licence, `files` map names to sha256. `gates`:
+    for each token gate whose vectors are in the folder, of what and how they were made.
     """
 
     base: BaseModel
@@ -78,6 +79,7 @@ class ExpertCard:
     training: Mapping[str, Any] = field(default_factory=dict)
     licences: Mapping[str, int] = field(default_factory=dict)
     profile: SkillProfile | None = None
+    gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
 
