@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["CONFIG_FILE", "GATES_FILE", "WEIGHTS_FILE", "Adapter", "LowRank", "read_adapter", "read_gates_file"]
+__all__ = [
+    "CONFIG_FILE",
+    "GATES_FILE",
+    "WEIGHTS_FILE",
+    "Adapter",
+    "LowRank",
+    "read_adapter",
+    "read_gates_file",
+    "read_parts",
+]
 
 GATES_FILE = "gates.safetensors"
 """What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
@@ -100,6 +109,16 @@ def read_adapter(key: str, folder: Path, base: LanguageModel) -> Adapter:
     if not modules:
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
     return Adapter(key, _fingerprint(folder, config), modules, _read_gates(folder, base))
+
+
+def read_parts(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Module -> (A, B, scale) of an adapter that `read_adapter` takes: as peft trains them, float32 on the CPU."""
+    config = _read_config(folder)
+    pairs = _pair(_read_weights(folder), where=str(folder / WEIGHTS_FILE))
+    return {
+        name: (pair["A"].float(), pair["B"].float(), _scale(name, pair["A"].shape[0], config))
+        for name, pair in pairs.items()
+    }
 
 
 def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
