@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["CONFIG_FILE", "GATES_FILE", "WEIGHTS_FILE", "Adapter", "LowRank", "read_adapter", "read_gates_file"]
+__all__ = [
+    "CONFIG_FILE",
+    "GATES_FILE",
+    "WEIGHTS_FILE",
+    "Adapter",
+    "LowRank",
+    "read_adapter",
+    "read_gates_file",
+    "read_parts",
+]
 
 GATES_FILE = "gates.safetensors"
 """What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
@@ -105,6 +114,21 @@ def read_adapter(key: str, folder: Path, base: LanguageModel, *, device: torch.d
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
     gates, digests = _read_gates(folder, place)
     return Adapter(key, hash_json([config, digest, *digests]), modules, gates)
+
+
+def read_parts(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Module -> (A, B, scale) of an adapter that `read_adapter` takes: as peft trains them, float32 on the CPU."""
+    config = _read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    pairs = _pair(_read_weights(folder)[0], where=str(weights))
+    return {
+        name: (
+            pair["A"].float(),
+            pair["B"].float(),
+            _scale(name, pair["A"].shape[0], config, where=str(folder / CONFIG_FILE)),
+        )
+        for name, pair in pairs.items()
+    }
 
 
 def read_gates_file(path: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from xpert.records import Row
 from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard, Interval
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
-__all__ = ["EXEMPLARS", "Trained", "write_expert"]
+__all__ = ["EXEMPLARS", "Trained", "model_card", "settle_adapter_config", "write_expert"]
 
 EXEMPLARS = 64
 
@@ -75,7 +75,7 @@ def write_expert(out: Path, trained: Trained) -> None:
     """Writes the expert folder, whole or not at all."""
     with draft_folder(out) as draft:
         trained.model.save_pretrained(draft, safe_serialization=True, save_embedding_layers=False)
-        adapter = _settle_adapter_config(draft / "adapter_config.json", trained.lm)
+        adapter = settle_adapter_config(draft / "adapter_config.json", trained.lm)
         write_file(draft / LOG_FILE, "".join(json.dumps(record) + "\n" for record in trained.log))
         write_file(draft / EXEMPLARS_FILE, _exemplars(trained.learned, trained.data))
         card = _card(out.name, trained, adapter)
@@ -87,7 +87,7 @@ def write_expert(out: Path, trained: Trained) -> None:
         ExpertCard(**{**vars(card), "files": files}).write(draft)
 
 
-def _settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
+def settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
     """Names the base as plain peft can load it: the hub name, or the folder with its weights; fixes peft's order of
     set-valued entries, which changes from run to run."""
     config: dict[str, Any] = read_json(path)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,22 @@ from xpert.storage import check_output, disk_errors, hash_json, write_file
 if TYPE_CHECKING:
     from xpert.experts.answer_trainer import AnswerTrainer
 
-__all__ = ["TrainOptions", "lora_config", "train"]
+__all__ = [
+    "Run",
+    "TrainOptions",
+    "lora_config",
+    "prepare",
+    "processes",
+    "quiet_warnings",
+    "run_steps",
+    "train",
+    "trained_to_the_end",
+    "training_settings",
+]
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One training run: what it is made of and where it works."""
 
     work: Path
@@ -65,23 +76,23 @@ def train(
     out, options = Path(out), options or TrainOptions()
     files = find_model(base)
     data = gather_rows(selection, use_shots=options.shots, hold_out=options.hold_out_shots, seed=seed)
-    shaping = {"options": options.shaping(), "seed": seed, "processes": _processes()}
+    shaping = {"options": options.shaping(), "seed": seed, "processes": processes()}
     key = hash_json({"data": data.fingerprint, "base": files.fingerprint(), **shaping})
     if _is_done(out, key):
         progress.say(f"{out} is trained already, with this configuration and these rows.")
         return out
     check_output(out)
-    if options.gate and _processes() > 1:
+    if options.gate and processes() > 1:
         raise BadInput(
-            f"gate vectors are made in one process, and this run has {_processes()}",
+            f"gate vectors are made in one process, and this run has {processes()}",
             hint=f"train without --gate, then `xpert gate {out} ROWS --name {options.gate}`",
         )
     main = _is_main()
     progress = progress if main else SILENT
     for other in other_work(out, key):
         progress.say(f"Another configuration's unfinished work is kept in {other} until this expert is done.")
-    with work_folder(out, key, lock=main) as work, quiet_transformers(), _quiet_warnings(), disk_errors(out):
-        run = _prepare(work, options, seed, data, base, device, progress)
+    with work_folder(out, key, lock=main) as work, quiet_transformers(), quiet_warnings(), disk_errors(out):
+        run = prepare(work, options, seed, data, base, device, progress)
         trained = _train(run, key)
         if main:
             write_expert(out, _with_gate(trained, progress))
@@ -105,7 +116,7 @@ def lora_config(options: TrainOptions) -> Any:
     )
 
 
-def _prepare(
+def prepare(
     work: Path,
     options: TrainOptions,
     seed: int,
@@ -113,7 +124,7 @@ def _prepare(
     base: str,
     device: str,
     progress: Progress,
-) -> _Run:
+) -> Run:
     lm = load_model(base, device=device, dtype=options.dtype, progress=progress)
     encoded = encode_rows(lm.tokenizer, data.rows, options.max_length)
     if not encoded.examples:
@@ -129,24 +140,13 @@ def _prepare(
     validation = encode_rows(lm.tokenizer, data.validation, options.max_length)
     if data.validation and not validation.examples:
         raise BadInput("the held-out shots are all longer than --max-length", hint="raise --max-length")
-    return _Run(work, options, seed, data, lm, encoded, validation, progress)
+    return Run(work, options, seed, data, lm, encoded, validation, progress)
 
 
-def _train(run: _Run, key: str) -> Trained:
+def _train(run: Run, key: str) -> Trained:
     from xpert.experts.training_callbacks import read_log
 
-    checkpoint, torn = last_checkpoint(run.work)
-    for path in torn:
-        run.progress.say(f"{path.name} was not written to its end and is passed over.")
-    trainer = _trainer(run, resumed=checkpoint is not None)
-    done, planned = steps_done(checkpoint) if checkpoint else (0, 0)
-    if checkpoint and done:
-        run.progress.say(f"Going on from step {done:,} of {planned:,}.")
-    if checkpoint and done >= planned:
-        # Only the writing of the expert was cut off. The trainer would run one step too many from here.
-        _load_adapter(trainer.model, checkpoint)
-    else:
-        _run_steps(run, trainer, checkpoint, done)
+    trainer = trained_to_the_end(run, lambda resumed: _trainer(run, resumed=resumed), _load_adapter)
     return Trained(
         model=trainer.accelerator.unwrap_model(trainer.model),
         lm=run.lm,
@@ -177,7 +177,29 @@ def _with_gate(trained: Trained, progress: Progress) -> Trained:
     return dataclasses.replace(trained, gate=made)
 
 
-def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done: int) -> None:
+def trained_to_the_end(
+    run: Run, make: Callable[[bool], AnswerTrainer], load: Callable[[Any, Path], None]
+) -> AnswerTrainer:
+    """A trainer that has done all its steps, from wherever an earlier run was stopped.
+
+    `make(resumed)` builds it; `load(model, checkpoint)` is for a run of which only the writing was cut off.
+    """
+    checkpoint, torn = last_checkpoint(run.work)
+    for path in torn:
+        run.progress.say(f"{path.name} was not written to its end and is passed over.")
+    trainer = make(checkpoint is not None)
+    done, planned = steps_done(checkpoint) if checkpoint else (0, 0)
+    if checkpoint and done:
+        run.progress.say(f"Going on from step {done:,} of {planned:,}.")
+    if checkpoint and done >= planned:
+        # Only the writing of the expert was cut off. The trainer would run one step too many from here.
+        load(trainer.model, checkpoint)
+    else:
+        run_steps(run, trainer, checkpoint, done)
+    return trainer
+
+
+def run_steps(run: Run, trainer: AnswerTrainer, checkpoint: Path | None, done: int) -> None:
     from xpert.experts.training_callbacks import LOG_FILE, SealCheckpoints, StepLog, StopGently, read_log
 
     records = read_log(run.work, until=done)
@@ -196,11 +218,39 @@ def _run_steps(run: _Run, trainer: AnswerTrainer, checkpoint: Path | None, done:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
+def _trainer(run: Run, *, resumed: bool) -> AnswerTrainer:
     from transformers import PrinterCallback
-    from trl.trainer.sft_config import SFTConfig
 
     from xpert.experts.answer_trainer import AnswerTrainer, Spent, to_dataset
+
+    options, validates = run.options, bool(run.validation.examples)
+    settings = training_settings(run, resumed=resumed)
+    try:
+        trainer = AnswerTrainer(
+            run.lm.model,
+            settings,
+            train_dataset=to_dataset(run.encoded),
+            eval_dataset=to_dataset(run.validation) if validates else None,
+            processing_class=run.lm.tokenizer,
+            peft_config=lora_config(options),
+            lengths=run.encoded.lengths,
+            row_ids=[run.data.rows[index].id for index in run.encoded.kept],
+            spent=Spent(),
+        )
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise BadInput(
+            f"the base has none of the target modules {', '.join(options.target_modules)}",
+            hint=f"it has {', '.join(_linear_names(run.lm.model))}",
+        ) from None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_settings(run: Run, *, resumed: bool) -> Any:
+    """The options as trl's SFTConfig."""
+    from trl.trainer.sft_config import SFTConfig
 
     options, cuda = run.options, run.lm.device.type == "cuda"
     validates = bool(run.validation.examples)
@@ -236,32 +286,12 @@ def _trainer(run: _Run, *, resumed: bool) -> AnswerTrainer:
         report_to="none",
     )
     _use_one_gpu(settings, run.lm.device)
-    try:
-        trainer = AnswerTrainer(
-            run.lm.model,
-            settings,
-            train_dataset=to_dataset(run.encoded),
-            eval_dataset=to_dataset(run.validation) if validates else None,
-            processing_class=run.lm.tokenizer,
-            peft_config=lora_config(options),
-            lengths=run.encoded.lengths,
-            row_ids=[run.data.rows[index].id for index in run.encoded.kept],
-            spent=Spent(),
-        )
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        raise BadInput(
-            f"the base has none of the target modules {', '.join(options.target_modules)}",
-            hint=f"it has {', '.join(_linear_names(run.lm.model))}",
-        ) from None
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return settings
 
 
 def _use_one_gpu(settings: Any, device: Any) -> None:
     """In one process the trainer would spread over all GPUs it sees; the user named one."""
-    if device.type == "cuda" and _processes() == 1:
+    if device.type == "cuda" and processes() == 1:
         import torch
 
         torch.cuda.set_device(device)
@@ -284,7 +314,7 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
 
 
 @contextmanager
-def _quiet_warnings() -> Iterator[None]:
+def quiet_warnings() -> Iterator[None]:
     """What trl and transformers tell each other of coming versions is not for the user."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -315,7 +345,7 @@ def _is_done(out: Path, key: str) -> bool:
         return False
 
 
-def _processes() -> int:
+def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -321,7 +321,7 @@ def test_stopped_while_its_vectors_are_made_an_expert_is_not_trained_again(
         train(source, str(tiny_base), tmp_path / "parts", options, device="cpu")
     assert not (tmp_path / "parts").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_run_steps", stop)
+        patched.setattr(module, "run_steps", stop)
         parts = train(source, str(tiny_base), tmp_path / "parts", options, device="cpu")
     for name in ("adapter_model.safetensors", "gates.safetensors"):
         assert hash_file(parts / name) == hash_file(whole / name)

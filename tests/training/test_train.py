@@ -119,7 +119,7 @@ def test_the_trainer_s_loss_equals_trl_s(tiny_base: Path, rows: list[Row], tmp_p
     encoded = encode_rows(load_tokenizer(str(tiny_base)), rows[:8], 512)
     data = TrainingRows(tuple(rows[:8]), 0, (), {})
     lm = load_model(str(tiny_base), device="cpu")
-    run = module._Run(tmp_path, _options(dropout=0.0), 0, data, lm, encoded, encode_rows(lm.tokenizer, [], 9), SILENT)
+    run = module.Run(tmp_path, _options(dropout=0.0), 0, data, lm, encoded, encode_rows(lm.tokenizer, [], 9), SILENT)
     trainer = module._trainer(run, resumed=False)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
@@ -371,7 +371,7 @@ def test_what_failed_in_writing_is_not_trained_again(
         patched.setattr(expert_folder, "model_card", fail)
         train(source, str(tiny_base), tmp_path / "out", _options(), device="cpu")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "_run_steps", fail)
+    monkeypatch.setattr(module, "run_steps", fail)
     train(source, str(tiny_base), tmp_path / "out", _options(), device="cpu")
     assert ExpertCard.read(tmp_path / "out").training["figures"]["steps"] == 12
 
