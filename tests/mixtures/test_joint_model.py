@@ -85,6 +85,6 @@ def test_gradients_reach_experts_and_routers_and_not_the_base(ready: dict[str, P
     learned = {id(tensor) for tensor in joint.trained().values()}
     for name, parameter in lm.model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in learned), name
-    sites = {name for name in joint.gate.tensors}
+    sites = set(joint.gate.tensors)
     assert "model.layers.0.mlp.gate_proj.router" in sites
     assert "model.layers.0.mlp.down_proj.router" not in sites

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import load_mixture
 from xpert.experts.mixture_training import train_mixture
@@ -38,7 +37,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     files = [folder / "gate.safetensors", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
-    return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {f"{file.relative_to(folder)} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -44,9 +44,10 @@ def gate(name: str, members: list[Expert], spread: float = 0.4, **options: Any) 
     made = kind(kind.Options.from_mapping(options), experts=[e.key for e in members])
     widths = {module: WIDTH for e in members for module in e.modules}
     made.begin(widths, members, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(6)
     for key, tensor in made.tensors.items():
         if tensor.is_floating_point():
-            made.tensors[key] = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(key))) * spread
+            made.tensors[key] = torch.randn(tensor.shape, generator=generator) * spread
     return made
 
 

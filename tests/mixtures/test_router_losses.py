@@ -75,13 +75,13 @@ def test_one_number_has_no_variance() -> None:
     p = torch.ones(1, 2, 1, requires_grad=True)
     found = localised_balance(p, ALL, torch.tensor([1]), torch.tensor([False]), 0.1)
     found.backward()
-    assert float(found) == 0
+    assert found.item() == 0
     assert p.grad is not None and p.grad.isfinite().all()
 
 
 def test_entropy_by_hand_and_at_exact_zeros() -> None:
     p = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]], requires_grad=True)
     found = entropy(p, ALL)
-    assert float(found) == pytest.approx(math.log(2) / 2)
+    assert found.item() == pytest.approx(math.log(2) / 2)
     found.backward()
     assert p.grad is not None and p.grad.isfinite().all()
