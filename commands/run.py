@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options
+from xpert.commands.options import Session, common_options, config_options, take
 from xpert.errors import BadInput
+from xpert.experts.engines._bank_options import ResidencyOptions
 
 __all__ = ["command"]
 
@@ -30,8 +31,24 @@ __all__ = ["command"]
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Likeliest tokens kept; 0: all.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Leave out tokens less likely than this share of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: tokens of the prompt and the answer become less likely.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer, and is left out of it; may be repeated.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
+@config_options(ResidencyOptions)
 @common_options
 def command(
     session: Session,
@@ -42,7 +59,7 @@ def command(
     base: str | None,
     max_batch: int,
     stop: tuple[str, ...],
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Answer prompts with a mixture, in batches of mixed experts.
 
@@ -62,6 +79,7 @@ def command(
     check_output(out)
     if "" in stop:
         raise BadInput("--stop may not be empty")
+    residency = take(ResidencyOptions, options)
     rows = read_prompts(prompts)
     loaded = load_mixture(mixture, Registry(location) if location is not None else None)
     if base is not None:
@@ -70,10 +88,16 @@ def command(
         loaded,
         rows,
         out,
-        Sampling(stop=stop, seed=session.seed, **sampling),
+        Sampling(stop=stop, seed=session.seed, **options),
         seed=session.seed,
+        storage=() if residency.storage == "native" else (residency.storage, residency.tolerance),
         open_runner=lambda: MixtureRunner.open(
-            loaded, device=session.device, seed=session.seed, max_batch=max_batch, progress=session.progress
+            loaded,
+            device=session.device,
+            seed=session.seed,
+            max_batch=max_batch,
+            residency=residency,
+            progress=session.progress,
         ),
         progress=session.progress,
     )

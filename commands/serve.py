@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options
+from xpert.commands.options import Session, common_options, config_options, take
 from xpert.errors import BadInput, Unavailable
+from xpert.experts.engines._bank_options import ResidencyOptions
 
 __all__ = ["command"]
 
@@ -25,9 +27,17 @@ GRACE = 30  # seconds that running answers get after Ctrl-C
 )
 @click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the mixture says.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
+@config_options(ResidencyOptions)
 @common_options
 def command(
-    session: Session, mixture: str, port: int, host: str, location: str | None, base: str | None, max_batch: int
+    session: Session,
+    mixture: str,
+    port: int,
+    host: str,
+    location: str | None,
+    base: str | None,
+    max_batch: int,
+    **options: Any,
 ) -> None:
     """Serve a mixture over HTTP, OpenAI-compatible, with a small web page at /.
 
@@ -51,7 +61,12 @@ def command(
         loaded = replace(loaded, base=replace(loaded.base, ref=base))
     with _bound(host, port) as listener:
         runner = MixtureRunner.open(
-            loaded, device=session.device, seed=session.seed, max_batch=max_batch, progress=session.progress
+            loaded,
+            device=session.device,
+            seed=session.seed,
+            max_batch=max_batch,
+            residency=take(ResidencyOptions, options),
+            progress=session.progress,
         )
         address, bound = listener.getsockname()[:2]
         url = f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"

@@ -7,6 +7,7 @@ ways the engine does not compute, so it is refused by name; nothing is left out 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.registry.card import CARD_FILE, ExpertCard
-from xpert.storage import hash_file, hash_json, read_json
+from xpert.storage import hash_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter on the base model's device. `fingerprint` hashes weights and settings: the same key with other
+    """A LoRA adapter on one device. `fingerprint` hashes weights and settings: the same key with other
     content is another adapter. `gate_tensors` ("GATE.MODULE" -> tensor, float32) is what token gates know it by."""
 
     key: str
@@ -91,57 +92,60 @@ class Adapter:
         return sum(part.nbytes for module in self.modules.values() for part in (module.a, module.b))
 
 
-def read_adapter(key: str, folder: Path, base: LanguageModel) -> Adapter:
-    """Loads the adapter in `folder` for `base`, in the base's dtype and on its device.
+def read_adapter(key: str, folder: Path, base: LanguageModel, *, device: torch.device | None = None) -> Adapter:
+    """Loads the adapter in `folder` for `base`, in the base's dtype, on `device` (the base's unless given).
 
+    Each file is read once, and the fingerprint is of the bytes read: files that change later change nothing here.
     Raises NotFound where files are missing, Corrupt where they are damaged, and BadInput where the adapter belongs to
     another base or is of a form that cannot be served; the message names which.
     """
     folder = Path(folder)
     config = _read_config(folder)
     _check_base(folder, config, base)
+    place = base.device if device is None else device
     weights = folder / WEIGHTS_FILE
-    pairs = _pair(_read_weights(folder), where=str(weights))
+    tensors, digest = _read_weights(folder)
+    pairs = _pair(tensors, where=str(weights))
     modules = {
-        name: _module(name, pair["A"], pair["B"], config, base, where=str(folder))
+        name: _module(name, pair["A"], pair["B"], config, base, place, where=str(folder))
         for name, pair in sorted(pairs.items())
     }
     if not modules:
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
-    return Adapter(key, _fingerprint(folder, config), modules, _read_gates(folder, base))
+    gates, digests = _read_gates(folder, place)
+    return Adapter(key, hash_json([config, digest, *digests]), modules, gates)
 
 
 def read_parts(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """Module -> (A, B, scale) of an adapter that `read_adapter` takes: as peft trains them, float32 on the CPU."""
     config = _read_config(folder)
-    pairs = _pair(_read_weights(folder), where=str(folder / WEIGHTS_FILE))
+    weights = folder / WEIGHTS_FILE
+    pairs = _pair(_read_weights(folder)[0], where=str(weights))
     return {
-        name: (pair["A"].float(), pair["B"].float(), _scale(name, pair["A"].shape[0], config))
+        name: (
+            pair["A"].float(),
+            pair["B"].float(),
+            _scale(name, pair["A"].shape[0], config, where=str(folder / CONFIG_FILE)),
+        )
         for name, pair in pairs.items()
     }
 
 
-def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
-    parts: list[Any] = [config, hash_file(folder / WEIGHTS_FILE)]
-    if (folder / GATES_FILE).is_file():
-        parts.append(hash_file(folder / GATES_FILE))
-    return hash_json(parts)
-
-
 def read_gates_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a gates file as they lie there; raises Corrupt where it is damaged."""
-    return _load(path)
+    return _load(path)[0]
 
 
-def _read_gates(folder: Path, base: LanguageModel) -> dict[str, torch.Tensor]:
+def _read_gates(folder: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], list[str]]:
     path = folder / GATES_FILE
     if not path.is_file():
-        return {}
-    gates = {name: tensor.to(base.device).float() for name, tensor in _load(path).items()}
+        return {}, []
+    tensors, digest = _load(path)
+    gates = {name: tensor.to(device).float() for name, tensor in tensors.items()}
     for name, tensor in gates.items():
         if not tensor.isfinite().all():
             raise Corrupt(f"{name} holds NaN or infinite numbers", where=str(path))
-    return gates
+    return gates, [digest]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: LanguageModel) ->
         )
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -193,12 +197,17 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return _load(path)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a file, and sha256 of the very bytes they come from.
+
+    `load_file` would map the file into memory: overwriting it would change an adapter that is being served.
+    """
     import safetensors
     import safetensors.torch
 
+    content = path.read_bytes()
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(content), hashlib.sha256(content).hexdigest()
     except safetensors.SafetensorError as error:
         raise Corrupt(f"the weights are damaged: {error}", where=str(path)) from None
 
@@ -224,7 +233,14 @@ def _pair(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str, dict[
 
 
 def _module(
-    name: str, a: torch.Tensor, b: torch.Tensor, config: Mapping[str, Any], base: LanguageModel, *, where: str
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    config: Mapping[str, Any],
+    base: LanguageModel,
+    device: torch.device,
+    *,
+    where: str,
 ) -> LowRank:
     try:
         shape = linear_shape(base.model.get_submodule(name))
@@ -251,8 +267,8 @@ def _module(
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
-    scaled = b.float() * _scale(name, rank, config)
-    return LowRank(a.to(base.device, base.dtype), scaled.to(base.device, base.dtype))
+    scaled = b.float() * _scale(name, rank, config, where=where)
+    return LowRank(a.to(device, base.dtype), scaled.to(device, base.dtype))
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
@@ -267,9 +283,11 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+def _scale(module: str, rank: int, config: Mapping[str, Any], *, where: str) -> float:
     """alpha / rank, as peft computes it: the first pattern that matches the end of the module's name decides."""
     alpha = _by_pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise Corrupt(f"the alpha of {module} is {alpha!r}, which is no number", where=where)
     # peft divides by the configured rank, which the tensors must agree with.
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -25,16 +25,18 @@ def answer_file(
     sampling: Sampling,
     *,
     seed: int = 0,
+    storage: Sequence[Any] = (),
     open_runner: Callable[[], MixtureRunner],
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
     """Answers `rows` into `out`, one JSON line each in their order, written whole at the end.
 
     Meanwhile finished answers lie in `.NAME.partial` beside it; the same call reads them and answers only the rest.
-    `open_runner` loads the models, and is not called where nothing is left to answer.
+    `storage` is the form in which the experts are kept, where that changes answers. `open_runner` loads the models, and
+    is not called where nothing is left to answer.
     """
     check_output(out)
-    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed])
+    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed, *storage])
     partial = out.parent / f".{out.name}.partial"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,7 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "base": mixture.base.fingerprint,
         "experts": [[e.key, e.fingerprint, e.weight] for e in mixture.experts],
         "router": [mixture.router, dict(mixture.router_params)],
+        "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
     }
 
 

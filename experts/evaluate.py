@@ -22,7 +22,7 @@ from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
 from xpert.records import SuiteItem
 from xpert.registry.card import Interval
 
-__all__ = ["EvalOptions", "Evaluation", "ItemResult", "Subject", "bootstrap", "evaluate", "usable_items"]
+__all__ = ["Asked", "EvalOptions", "Evaluation", "ItemResult", "Subject", "bootstrap", "evaluate", "usable_items"]
 
 BOOTSTRAP_SAMPLES = 2000
 
@@ -38,11 +38,36 @@ class EvalOptions(Config):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Who answers an item: weighted experts, and the gate that weighs them at every token, if any."""
+
+    experts: WeightedExperts = ()
+    gate: str | None = None
+    gate_bias: WeightedExperts = ()
+
+    def request(self, id: str, prompt: tuple[int, ...], sampling: Sampling) -> EngineRequest:
+        return EngineRequest(id, prompt, self.experts, sampling, gate=self.gate, gate_bias=self.gate_bias)
+
+
+@dataclass(frozen=True)
 class Subject:
-    """Something that answers: `assign` gives the weighted experts of each item (none: the base model alone)."""
+    """Something that answers: `assign` gives the weighted experts of each item (none: the base model alone).
+
+    `gate`: the engine's gate that weighs them token by token, with what `biases` says of each item's experts.
+    """
 
     name: str
     assign: Callable[[Sequence[SuiteItem]], Sequence[WeightedExperts]]
+    gate: str | None = None
+    biases: Callable[[Sequence[SuiteItem]], Sequence[WeightedExperts]] | None = None
+
+    def asks(self, items: Sequence[SuiteItem]) -> list[Asked]:
+        """What the engine is asked for each item."""
+        experts = self.assign(items)
+        biases = self.biases(items) if self.biases is not None else [()] * len(items)
+        return [
+            Asked(chosen, self.gate, bias) if chosen else Asked() for chosen, bias in zip(experts, biases, strict=True)
+        ]
 
     @classmethod
     def fixed(cls, name: str, experts: WeightedExperts) -> Subject:
@@ -60,6 +85,7 @@ class ItemResult:
     score: float
     choice: bool | None
     experts: WeightedExperts
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -150,27 +176,28 @@ def evaluate(
     the same items on the same engine) has answered.
     """
     options = options or EvalOptions()
-    assigned = {subject.name: list(subject.assign(items)) for subject in subjects}
-    pairs = dict.fromkeys((i, experts) for rows in assigned.values() for i, experts in enumerate(rows))
+    assigned = {subject.name: subject.asks(items) for subject in subjects}
+    pairs = dict.fromkeys((i, asked) for rows in assigned.values() for i, asked in enumerate(rows))
     made = _made(items, known)
     wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
     outputs = _generate(engine, prompts, wanted, options, progress)
     choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
-    for index, experts in wanted:
-        made[index, experts] = ItemResult(
+    for index, asked in wanted:
+        made[index, asked] = ItemResult(
             id=items[index].row.id,
             skill=items[index].skill,
-            output=outputs[index, experts],
-            score=score(items[index].metric, outputs[index, experts], items[index].answers, items[index].choices),
-            choice=_is_right(items[index], choices.get((index, experts))),
-            experts=experts,
+            output=outputs[index, asked],
+            score=score(items[index].metric, outputs[index, asked], items[index].answers, items[index].choices),
+            choice=_is_right(items[index], choices.get((index, asked))),
+            experts=asked.experts,
+            asked=asked,
         )
-    results = {name: [made[index, experts] for index, experts in enumerate(rows)] for name, rows in assigned.items()}
+    results = {name: [made[index, asked] for index, asked in enumerate(rows)] for name, rows in assigned.items()}
     return Evaluation(items, results, seed=seed, generated=len(wanted))
 
 
-_Pair = tuple[int, WeightedExperts]
+_Pair = tuple[int, Asked]
 
 
 def _made(items: Sequence[SuiteItem], known: Evaluation | None) -> dict[_Pair, ItemResult]:
@@ -179,7 +206,11 @@ def _made(items: Sequence[SuiteItem], known: Evaluation | None) -> dict[_Pair, I
         return {}
     if [item.row.id for item in known.items] != [item.row.id for item in items]:
         raise ValueError("the known evaluation is of other items")
-    return {(index, result.experts): result for rows in known.results.values() for index, result in enumerate(rows)}
+    return {
+        (index, result.asked or Asked(result.experts)): result
+        for rows in known.results.values()
+        for index, result in enumerate(rows)
+    }
 
 
 def _generate(
@@ -190,7 +221,7 @@ def _generate(
     progress: Progress,
 ) -> dict[_Pair, str]:
     sampling = Sampling(max_tokens=options.max_tokens)
-    requests = [EngineRequest(str(n), prompts[index], experts, sampling) for n, (index, experts) in enumerate(wanted)]
+    requests = [asked.request(str(n), prompts[index], sampling) for n, (index, asked) in enumerate(wanted)]
     texts: dict[_Pair, list[str]] = {pair: [] for pair in wanted}
     with progress.task("answering", len(requests)) as task:
         for piece in engine.generate(requests):
@@ -212,7 +243,7 @@ def _likeliest(
     asked = [(pair, choice) for pair in wanted for choice in items[pair[0]].choices or ()]
     if not asked:
         return {}
-    requests = [EngineRequest(str(n), prompts[pair[0]], pair[1]) for n, (pair, _) in enumerate(asked)]
+    requests = [pair[1].request(str(n), prompts[pair[0]], Sampling()) for n, (pair, _) in enumerate(asked)]
     answers = [encode_answer(choice) for _, choice in asked]
     sums: dict[_Pair, list[float]] = {}
     step = 256

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput
-from xpert.experts.mixture import Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.experts.recruiting.options import RecruitOptions
 from xpert.progress import SILENT, Progress
 from xpert.records import Shots
 from xpert.registry.card import BaseModel
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["mix"]
 
+_BATCH = 16
+"""Requests in flight while experts are tried: those of all experts share the batches."""
+
 
 def mix(
     registry: Registry,
@@ -25,17 +29,21 @@ def mix(
     router_params: Mapping[str, Any] | None = None,
     experts: Sequence[str] | None = None,
     shots: Shots | None = None,
-    max_experts: int = 8,
+    recruiting: RecruitOptions | None = None,
+    gate: GateChoice | None = None,
     base: str | None = None,
     name: str = "mixture",
     device: str = "auto",
     progress: Progress = SILENT,
 ) -> Mixture:
     """Assembles a mixture of `experts` (`owner/name[@version]` or expert folders), or of all experts of the registry
-    that belong to `base`, in their latest versions. With `shots`, only of those that `recruit` lets in.
+    that belong to `base`, in their latest versions. With `shots`, of the group of them that `recruit` chooses.
 
-    Raises BadInput where the experts belong to different bases, NotFound where one does not exist.
+    Raises BadInput where the experts belong to different bases, or for options of recruiting without shots; NotFound
+    where an expert does not exist.
     """
+    if recruiting is not None and shots is None:
+        raise BadInput("experts are recruited by shots, and none are given", hint="give --shots FILE")
     options = router_options(router, router_params or {})
     model = _base_model(base) if base is not None else None
     members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
@@ -46,8 +54,11 @@ def mix(
         name=name,
         registry=str(registry.folder.resolve()),
         base=model,
+        gate=gate,
     )
-    return mixture if shots is None else _recruited(mixture, shots, max_experts, device, progress)
+    if shots is None:
+        return mixture
+    return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
 
 
 def _named(refs: Sequence[str], registry: Registry) -> list[MixtureExpert]:
@@ -83,23 +94,26 @@ def _all_of_base(registry: Registry, base: BaseModel | None, progress: Progress)
     return [open_expert(version.ref, registry) for version in fitting]
 
 
-def _recruited(mixture: Mixture, shots: Shots, max_experts: int, device: str, progress: Progress) -> Mixture:
+def _recruited(mixture: Mixture, shots: Shots, options: RecruitOptions, device: str, progress: Progress) -> Mixture:
     from xpert.experts.recruit import recruit
     from xpert.experts.serving import load_engine
 
-    lm, engine = load_engine(mixture, device=device, max_batch=max(1, min(16, len(shots))), progress=progress)
-    found = recruit(lm, engine, mixture.keys, shots, max_experts=max_experts, progress=progress)
-    for one in found:
-        progress.say(f"{'in ' if one.chosen else 'out'}: {one.key}: {one.reason}")
+    lm, engine = load_engine(mixture, device=device, max_batch=_BATCH, progress=progress)
     by_key = {expert.key: expert for expert in mixture.experts}
+    folders = {key: expert.folder for key, expert in by_key.items()}
+    found = recruit(lm, engine, folders, shots, options, progress=progress)
+    for one in found.experts:
+        progress.say(f"{'in ' if one.chosen else 'out'}: {one.key}: {one.reason}")
+    progress.say(found.summary())
     return assemble(
-        [by_key[one.key] for one in found if one.chosen],
+        [by_key[key] for key in found.chosen],
         router=mixture.router,
         router_params=mixture.router_params,
         name=mixture.name,
         registry=mixture.registry,
         base=mixture.base,
-        recruited=[one.to_dict() for one in found],
+        recruited=found.lines(),
+        gate=mixture.gate,
     )
 
 

@@ -6,6 +6,10 @@
      "experts": [{"key": ..., "ref": "owner/name@2" or a path, "fingerprint": sha256 of the weights, "weight": 1.0}],
      "router": "centroid", "router_params": {...}, "recruited": [...], "created": ...}
 
+With a token gate (schema 2) also
+
+     "gate": {"name": "arrow", "params": {...}, "file": "./gate.safetensors" or null, "fingerprint": sha256 or null}
+
 A path begins with `/` or `.`; one that lies beside or below the mixture file is written relative to it, so that the
 folder can be moved. Nothing here imports torch.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -29,9 +34,9 @@ from xpert.storage import check_output, hash_file, read_json, write_json
 if TYPE_CHECKING:
     from xpert.registry.versions import Version
 
-__all__ = ["BASE", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
+__all__ = ["BASE", "GateChoice", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
 
-SCHEMA = 1
+SCHEMA = 2
 MIXTURE_FILE = "mixture.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE = "base"
@@ -91,8 +96,31 @@ class MixtureExpert:
 
 
 @dataclass(frozen=True)
+class GateChoice:
+    """The token gate of a mixture: a plug-in with its parameters, and the file of its router where it has learned one.
+
+    `fingerprint` is the file's sha256.
+    """
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = field(default=None, compare=False)
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        gate_options(self.name, self.params)
+
+    def to_dict(self, *, anchor: Path) -> dict[str, Any]:
+        file = _portable(str(self.file.resolve()), anchor) if self.file is not None else None
+        return {"name": self.name, "params": dict(self.params), "file": file, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
 class Mixture:
-    """Experts of one base and their router; all folders are at hand and checked."""
+    """Experts of one base and their router; all folders are at hand and checked.
+
+    Behind a `gate`, the router names the experts that a prompt may use, and the gate weighs them token by token.
+    """
 
     name: str
     base: BaseModel
@@ -102,11 +130,12 @@ class Mixture:
     registry: str | None = None
     recruited: Sequence[Mapping[str, Any]] = ()
     created: str = ""
+    gate: GateChoice | None = None
 
     def __post_init__(self) -> None:
-        keys = [expert.key for expert in self.experts]
-        for key in keys:
-            if keys.count(key) > 1:
+        counts = Counter(expert.key for expert in self.experts)
+        for key, count in counts.items():
+            if count > 1:
                 raise BadInput(f"two experts of the mixture are called {key!r}", hint="name one of them only")
             if key in (BASE, self.name):
                 raise BadInput(f"an expert may not be called {key!r}: that name means something else here")
@@ -120,7 +149,8 @@ class Mixture:
         """The content of a mixture file that will lie in the folder `anchor`."""
         return {
             "kind": "mixture",
-            "schema": SCHEMA,
+            # What an older xpert can read stays readable to it; a gate that it would pass over does not.
+            "schema": 1 if self.gate is None else SCHEMA,
             "name": self.name,
             "base": asdict(self.base),
             "registry": self.registry and _portable(self.registry, anchor),
@@ -137,7 +167,13 @@ class Mixture:
             "router_params": dict(self.router_params),
             "recruited": [dict(line) for line in self.recruited],
             "created": self.created,
+            **({"gate": self.gate.to_dict(anchor=anchor)} if self.gate is not None else {}),
         }
+
+
+def gate_options(gate: str, params: Mapping[str, Any]) -> Any:
+    """The gate's options, checked; raises BadInput naming an unknown gate or parameter."""
+    return plugins.load("gate", gate).Options.from_mapping(params, where=f"gate {gate}")
 
 
 def router_options(router: str, params: Mapping[str, Any]) -> Any:
@@ -176,6 +212,7 @@ def assemble(
     registry: str | None = None,
     base: BaseModel | None = None,
     recruited: Sequence[Mapping[str, Any]] = (),
+    gate: GateChoice | None = None,
 ) -> Mixture:
     """A mixture of experts of one base; raises BadInput naming two experts whose bases differ."""
     if not experts:
@@ -190,6 +227,7 @@ def assemble(
         registry=registry,
         recruited=recruited,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        gate=gate,
     )
 
 
@@ -244,6 +282,7 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         entries = [(e["key"], e["ref"], e["fingerprint"], float(e.get("weight", 1.0))) for e in value["experts"]]
         router, params = str(value["router"]), dict(value.get("router_params", {}))
         recruited, created = tuple(value.get("recruited", ())), str(value.get("created", ""))
+        gate = _gate(value.get("gate"), anchor, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"the mixture is damaged: {error!r}", where=where) from None
     recorded = value.get("registry")
@@ -257,9 +296,21 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     experts = [_member(entry, anchor, store, where) for entry in entries]
     _check_one_base(experts, base)
     located = str(store.folder) if store else recorded
-    return Mixture(
-        name or str(value.get("name") or path.stem), base, tuple(experts), router, params, located, recruited, created
-    )
+    called = name or str(value.get("name") or path.stem)
+    return Mixture(called, base, tuple(experts), router, params, located, recruited, created, gate)
+
+
+def _gate(value: Any, anchor: Path, where: str) -> GateChoice | None:
+    if value is None:
+        return None
+    file = anchor / value["file"] if value.get("file") else None
+    fingerprint = value.get("fingerprint")
+    if file is not None:
+        if not file.is_file():
+            raise NotFound(f"the gate's file {value['file']} is not here", where=where)
+        if hash_file(file) != fingerprint:
+            raise Corrupt(f"the gate's file {value['file']} is not the one that was trained", where=where)
+    return GateChoice(str(value["name"]), dict(value.get("params") or {}), file, fingerprint)
 
 
 def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str, where: str) -> None:

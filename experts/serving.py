@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
-from xpert.errors import BadInput, NotFound
-from xpert.experts.mixture import BASE, Mixture
+from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.engines._bank_options import ResidencyOptions
+from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
-from xpert.protocols import EngineRequest, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.protocols import EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
+    from xpert.experts.gate_bias import ExpertCosines
     from xpert.language_model import LanguageModel
 
-__all__ = ["MixtureRunner", "Reply", "load_engine", "open_engine"]
+__all__ = ["MixtureRunner", "Reply", "gate_cosines", "load_engine", "open_engine", "open_gate"]
 
 ENGINE = "torch-lora"
+GATE = "mixture"
+"""The key under which the engine knows the mixture's gate."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class MixtureRunner:
         self.lm = lm
         self.engine = engine
         self.router = router
+        self._strength = {expert.key: expert.weight for expert in mixture.experts}
+        self._cosines = gate_cosines(mixture, device=str(lm.device))
 
     @classmethod
     def open(
@@ -73,11 +80,14 @@ class MixtureRunner:
         dtype: str = "auto",
         seed: int = 0,
         max_batch: int = 16,
+        residency: ResidencyOptions | None = None,
         progress: Progress = SILENT,
     ) -> MixtureRunner:
         """Prepares the router, loads the base model and every expert."""
         router = MixtureRouter(mixture, seed=seed, device=device)
-        lm, engine = load_engine(mixture, device=device, dtype=dtype, max_batch=max_batch, progress=progress)
+        lm, engine = load_engine(
+            mixture, device=device, dtype=dtype, max_batch=max_batch, residency=residency, progress=progress
+        )
         return cls(mixture, lm, engine, router)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
@@ -95,10 +105,14 @@ class MixtureRunner:
         experts: WeightedExperts,
         sampling: Sampling,
         *,
+        gated: bool = True,
         tokenizer: Any = None,
         where: str | None = None,
     ) -> EngineRequest:
         """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
+
+        `gated` lets the mixture's gate, if it has one, weigh the experts token by token; their weights in the route
+        then say no more than that they may be used.
 
         Raises BadInput where the prompt alone fills the context; `where` is how the user knows it.
         """
@@ -112,7 +126,15 @@ class MixtureRunner:
                 where=where,
                 hint="shorten it",
             )
-        return EngineRequest(id, ids, experts, dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        if not gated or self.mixture.gate is None or not experts:
+            return EngineRequest(id, ids, experts, sampling)
+        strengths = tuple((key, self._strength[key]) for key, _ in experts)
+        bias: WeightedExperts = ()
+        if self._cosines is not None:
+            prompt = RouteRequest(id, tuple(messages)).prompt
+            bias = tuple(pair for pair in self._cosines.gate_bias([prompt])[0] if pair[0] in dict(strengths))
+        return EngineRequest(id, ids, strengths, sampling, gate=GATE, gate_bias=bias)
 
     def answer(
         self,
@@ -191,17 +213,68 @@ class MixtureRunner:
 
 
 def load_engine(
-    mixture: Mixture, *, device: str, dtype: str = "auto", max_batch: int, progress: Progress = SILENT
+    mixture: Mixture,
+    *,
+    device: str,
+    dtype: str = "auto",
+    max_batch: int,
+    residency: ResidencyOptions | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """The base model of a mixture and an engine that holds all its experts. Errors as in `open_engine`."""
     lm, engine = open_engine(
-        mixture.base.ref, mixture.base.fingerprint, device=device, dtype=dtype, max_batch=max_batch, progress=progress
+        mixture.base.ref,
+        mixture.base.fingerprint,
+        device=device,
+        dtype=dtype,
+        max_batch=max_batch,
+        residency=residency,
+        progress=progress,
     )
     with progress.task("loading experts", total=len(mixture.experts)) as task:
         for expert in mixture.experts:
             engine.add_expert(expert.key, expert.folder)
             task.advance(1, expert.key)
+    if mixture.gate is not None:
+        engine.add_gate(GATE, open_gate(mixture.gate, lm.device))
     return lm, engine
+
+
+def open_gate(choice: GateChoice, device: Any, engine_keys: Mapping[str, str] | None = None) -> Gate:
+    """The gate with its learned router, if any, on `device`.
+
+    `engine_keys`: mixture key -> the engine's, where they differ. Raises Corrupt for a router file that cannot be read.
+    """
+    tensors: dict[str, Any] = {}
+    keys: list[str] = []
+    if choice.file is not None:
+        import safetensors
+
+        try:
+            with safetensors.safe_open(choice.file, "pt") as opened:
+                keys = list(json.loads((opened.metadata() or {})["experts"]))
+                tensors = {name: opened.get_tensor(name).to(device).float() for name in opened.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise Corrupt(f"the gate's router is damaged: {error!r}", where=str(choice.file)) from None
+    gate: Gate = plugins.load("gate", choice.name)(
+        gate_options(choice.name, choice.params),
+        tensors=tensors or None,
+        experts=[engine_keys[key] if engine_keys else key for key in keys],
+    )
+    return gate
+
+
+def gate_cosines(mixture: Mixture, *, device: str = "auto", seed: int = 0) -> ExpertCosines | None:
+    """What gives requests their bias, where the mixture's gate wants one."""
+    from xpert.experts.gate_bias import BiasedGate
+
+    if mixture.gate is None:
+        return None
+    gate = plugins.load("gate", mixture.gate.name)(gate_options(mixture.gate.name, mixture.gate.params))
+    if not isinstance(gate, BiasedGate):
+        return None
+    experts = [expert.routable() for expert in mixture.experts]
+    return gate.request_bias(experts, base=mixture.base.ref, device=device, seed=seed)
 
 
 def open_engine(
@@ -211,6 +284,7 @@ def open_engine(
     device: str,
     dtype: str = "auto",
     max_batch: int,
+    residency: ResidencyOptions | None = None,
     progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """A base model and an engine without experts on it.
@@ -232,7 +306,7 @@ def open_engine(
             where=base,
             hint="restore that model, or train the expert again",
         )
-    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch)
+    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch, residency=residency)
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

@@ -12,7 +12,7 @@ from xpert.errors import BadInput, NotFound
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
-from xpert.experts.serving import open_engine
+from xpert.experts.serving import gate_cosines, open_engine, open_gate
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
@@ -111,9 +111,9 @@ def run_entrants(
                 subjects.append(Subject.fixed(entrant.name, ()))
                 continue
             keys = _add_experts(engine, entrant.mixture)
-            subjects.append(
-                routed_subject(entrant.name, MixtureRouter(entrant.mixture, seed=seed, device=device), keys)
-            )
+            router = MixtureRouter(entrant.mixture, seed=seed, device=device)
+            subject = routed_subject(entrant.name, router, keys)
+            subjects.append(_behind_gate(subject, entrant.mixture, lm, engine, keys))
             if controls and len(entrant.mixture.experts) > 1:
                 found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
                 subjects += found
@@ -220,6 +220,31 @@ def average(several: Sequence[Sequence[ItemResult]]) -> list[ItemResult]:
         )
         for group in zip(*several, strict=True)
     ]
+
+
+def _behind_gate(subject: Subject, mixture: Mixture, lm: Any, engine: Any, keys: Mapping[str, str]) -> Subject:
+    """The subject with its mixture's gate, if it has one; the router then says who may be used."""
+    if mixture.gate is None:
+        return subject
+    gate = f"gate of {subject.name}"
+    engine.add_gate(gate, open_gate(mixture.gate, lm.device, keys))
+    strength = {keys[expert.key]: expert.weight for expert in mixture.experts}
+
+    def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        return [tuple((key, strength[key]) for key, _ in experts) for experts in subject.assign(items)]
+
+    cosines = gate_cosines(mixture, device=str(lm.device))
+    if cosines is None:
+        return Subject(subject.name, assign, gate)
+
+    def biases(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        prompts = [RouteRequest(item.row.id, item.row.messages).prompt for item in items]
+        found = zip(cosines.gate_bias(prompts), subject.assign(items), strict=True)
+        return [
+            tuple((keys[key], cosine) for key, cosine in bias if keys[key] in dict(experts)) for bias, experts in found
+        ]
+
+    return Subject(subject.name, assign, gate, biases)
 
 
 def _add_experts(engine: Any, mixture: Mixture) -> dict[str, str]:

@@ -7,22 +7,27 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from xpert.errors import BadInput
+from xpert.experts.engines._bank import AdapterBank, Handle
 from xpert.experts.engines._kv_cache import gather
-from xpert.experts.engines._lora_plan import RowExperts, row_order
+from xpert.experts.engines._lora_plan import RowMixture, row_order
 from xpert.experts.engines._passes import Passes
+from xpert.experts.engines._requests import Asked
 from xpert.protocols import EngineRequest
 
 __all__ = ["continuation_logprobs"]
 
 Ids = tuple[int, ...]
-_Prompt = tuple[RowExperts, Ids, list[int]]
+_Prompt = tuple[Asked, Ids, list[int]]
 """Experts and tokens of a distinct prompt, and which requests have it."""
+_Row = tuple[RowMixture, Ids, list[int]]
+"""The same with its adapters on the device."""
 
 
 def continuation_logprobs(
     passes: Passes,
+    bank: AdapterBank,
     requests: Sequence[EngineRequest],
-    experts: Sequence[RowExperts],
+    asked: Sequence[Asked],
     continuations: Sequence[Ids],
     max_batch: int,
 ) -> list[list[float]]:
@@ -41,24 +46,58 @@ def continuation_logprobs(
         passes.check_prompt(request.prompt_ids, where=where, room=len(continuation))
         passes.check_prompt(continuation, where=where, room=0)
     scores: list[list[float]] = [[] for _ in requests]
-    for prompts in _batches(requests, experts, max_batch):
-        _score(passes, prompts, continuations, max_batch, scores)
+    for prompts in _batches(bank, requests, asked, max_batch):
+        handles = _handles(prompts)
+        lease = bank.wait(handles) if handles else None
+        try:
+            rows: list[_Row] = [
+                (one.with_adapters(lease, handles) if lease else RowMixture(), ids, members)
+                for one, ids, members in prompts
+            ]
+            rows.sort(key=lambda row: row_order(row[0]))
+            _score(passes, rows, continuations, max_batch, scores)
+        finally:
+            if lease is not None:
+                bank.release(lease)
     return scores
 
 
-def _batches(requests: Sequence[EngineRequest], experts: Sequence[RowExperts], size: int) -> Iterator[list[_Prompt]]:
-    """Distinct prompts in batches of like length, each batch sorted by expert set."""
-    distinct: dict[tuple[RowExperts, Ids], list[int]] = {}
+def _batches(
+    bank: AdapterBank, requests: Sequence[EngineRequest], asked: Sequence[Asked], size: int
+) -> Iterator[list[_Prompt]]:
+    """Distinct prompts in batches of like length whose adapters fit the device together."""
+    distinct: dict[tuple[Asked, Ids], list[int]] = {}
     for index, request in enumerate(requests):
-        distinct.setdefault((experts[index], request.prompt_ids), []).append(index)
-    prompts = [(row, ids, members) for (row, ids), members in distinct.items()]
+        distinct.setdefault((asked[index], request.prompt_ids), []).append(index)
+    prompts = [(one, ids, members) for (one, ids), members in distinct.items()]
     prompts.sort(key=lambda prompt: len(prompt[1]), reverse=True)
-    for start in range(0, len(prompts), size):
-        yield sorted(prompts[start : start + size], key=lambda prompt: row_order(prompt[0]))
+    if not _fit(bank, prompts):
+        # Few changes of adapters matter more than little padding.
+        prompts.sort(key=lambda prompt: [(handle.key, handle.fingerprint) for handle in prompt[0].handles])
+    batch: list[_Prompt] = []
+    for prompt in prompts:
+        if len(batch) == size or (batch and not _fit(bank, [*batch, prompt])):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
+
+
+def _handles(prompts: Sequence[_Prompt]) -> tuple[Handle, ...]:
+    return tuple(dict.fromkeys(handle for one, _, _ in prompts for handle in one.handles))
+
+
+def _fit(bank: AdapterBank, prompts: Sequence[_Prompt]) -> bool:
+    try:
+        bank.fits(_handles(prompts))
+    except BadInput:
+        return False
+    return True
 
 
 def _score(
-    passes: Passes, prompts: list[_Prompt], continuations: Sequence[Ids], max_batch: int, scores: list[list[float]]
+    passes: Passes, prompts: Sequence[_Row], continuations: Sequence[Ids], max_batch: int, scores: list[list[float]]
 ) -> None:
     rows = [row for row, _, _ in prompts]
     logits, cache = passes.prefill([ids for _, ids, _ in prompts], rows)

@@ -17,7 +17,7 @@ from xpert.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["RowCache", "check_cacheable", "gather"]
+__all__ = ["RowCache", "begin", "check_cacheable", "gather"]
 
 SPARE = 64
 """Positions allocated beyond those needed."""
@@ -68,6 +68,7 @@ class RowCache(Cache):
     """An empty cache for a model of this configuration."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
         self.grown = [GrowingLayer() for _ in DynamicCache(config=config).layers]
         super().__init__(layers=list(self.grown))
 
@@ -75,6 +76,26 @@ class RowCache(Cache):
     def width(self) -> int:
         """Positions it holds, padding included."""
         return int(self.get_seq_length())
+
+    def head(self, count: int) -> RowCache:
+        """The first `count` positions: a view, which must not grow."""
+        cut = RowCache(self.config)
+        for layer, whole in zip(cut.grown, self.grown, strict=True):
+            keys, values = whole.filled()
+            layer.replace(keys[:, :, :count], values[:, :, :count])
+        return cut
+
+    def part(self, row: int, start: int, stop: int) -> RowCache:
+        """A copy of one row's positions start..stop."""
+        copied = RowCache(self.config)
+        for layer, whole in zip(copied.grown, self.grown, strict=True):
+            keys, values = (side[row : row + 1, :, start:stop].clone() for side in whole.filled())
+            layer.replace(keys, values)
+        return copied
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for layer in self.grown for part in layer.filled())
 
 
 def check_cacheable(config: PreTrainedConfig, *, where: str) -> None:
@@ -107,6 +128,29 @@ def gather(sources: Sequence[tuple[RowCache, int]], width: int, config: PreTrain
             _gathered([(values, targets, rows) for (_, values), targets, rows in parts], len(sources), width),
         )
     return gathered
+
+
+def begin(heads: Sequence[RowCache | None], counts: Sequence[int], width: int, config: PreTrainedConfig) -> RowCache:
+    """A new cache whose row t holds the first `counts[t]` positions of the one row of `heads[t]`, at its right end.
+
+    A row with count 0 is padding alone. Time and memory O(rows x width).
+    """
+    begun = RowCache(config)
+    first = next(head for head in heads if head is not None)
+    taken: dict[tuple[int, int], tuple[RowCache, list[int]]] = {}
+    for target, (head, count) in enumerate(zip(heads, counts, strict=True)):
+        if head is not None and count > 0:
+            taken.setdefault((id(head), count), (head, []))[1].append(target)
+    for position, layer in enumerate(begun.grown):
+        made = []
+        for side, like in enumerate(first.grown[position].filled()):
+            result = like.new_zeros(len(heads), like.shape[1], width, like.shape[3])
+            for (_, count), (head, targets) in taken.items():
+                place = torch.tensor(targets, device=like.device)
+                result[place, :, width - count :] = head.grown[position].filled()[side][:, :, :count]
+            made.append(result)
+        layer.replace(made[0], made[1])
+    return begun
 
 
 def _gathered(parts: Sequence[tuple[torch.Tensor, list[int], list[int]]], count: int, width: int) -> torch.Tensor:

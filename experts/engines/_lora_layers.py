@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput
-from xpert.experts.engines._lora_plan import Plan
+from xpert.experts.engines._lora_plan import Gating, Part, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["applied"]
 
 _ABSENT = object()
-_Parts = list[tuple[int, int, "torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
+_Decided = dict[tuple[int, str], "torch.Tensor"]
+"""(segment's first row, deciding module) -> the gate's weights there, within one pass."""
 
 
 @contextmanager
@@ -30,13 +31,14 @@ def applied(model: Any, plan: Plan) -> Iterator[None]:
     The batch's rows must be those the plan was made for, in that order. One thread at a time: the model is shared.
     """
     shadowed: list[tuple[dict[str, Any], Any]] = []
+    decided: _Decided = {}
     try:
         for name, parts in plan.modules.items():
             module = model.get_submodule(name)
             own = module.__dict__
             # accelerate and others shadow `forward` too: theirs is called inside ours, and put back afterwards.
             shadowed.append((own, own.get("forward", _ABSENT)))
-            own["forward"] = _with_updates(name, module.forward, plan.rows, parts)
+            own["forward"] = _with_updates(name, module.forward, plan.rows, parts, decided)
         yield
     finally:
         for own, earlier in reversed(shadowed):
@@ -47,7 +49,7 @@ def applied(model: Any, plan: Plan) -> Iterator[None]:
 
 
 def _with_updates(
-    name: str, forward: Callable[..., torch.Tensor], rows: int, parts: _Parts
+    name: str, forward: Callable[..., torch.Tensor], rows: int, parts: list[Part], decided: _Decided
 ) -> Callable[..., torch.Tensor]:
     """x [rows, tokens, in] -> forward(x) plus each segment's update, added in place: forward's result is fresh."""
 
@@ -59,12 +61,46 @@ def _with_updates(
                 hint="train the experts without that module among target_modules",
             )
         y = forward(x)
-        for start, stop, a, b, weights in parts:
-            h = x[start:stop] @ a.T
-            if weights is not None:
-                h *= weights
+        for part in parts:
+            seen = x[part.start : part.stop]
+            gating = part.gating
+            gated = _decide(name, part.start, gating, seen, decided) if gating is not None else None
+            if part.matrices is None:
+                continue
+            a, b = part.matrices
+            h = seen @ a.T
+            if gating is not None and gated is not None:
+                _weigh(h, gated, gating)
+            elif part.weights is not None:
+                h *= part.weights
             # A slice of rows of a contiguous result is contiguous, so the views are free.
-            y[start:stop].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.T)
+            y[part.start : part.stop].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.T)
         return y
 
     return updated
+
+
+def _decide(name: str, start: int, gating: Gating, x: torch.Tensor, decided: _Decided) -> torch.Tensor:
+    """The gate's weights for these rows' tokens [rows, tokens, e or R], now or as its site found them before."""
+    if gating.site != name:
+        found = decided.get((start, gating.site))
+        if found is None:
+            raise BadInput(f"the gate of {name} decides at {gating.site}, which the model computes later or not at all")
+        return found
+    weights = gating.gate(x, gating.allowed, gating.bias)
+    if gating.shared:
+        decided[(start, name)] = weights
+    return weights
+
+
+def _weigh(h: torch.Tensor, weights: torch.Tensor, gating: Gating) -> None:
+    """h [rows, tokens, R] times the weight of each rank's expert, in place."""
+    weights = weights.to(h.dtype)
+    if gating.even:
+        h.view(*weights.shape, gating.even).mul_(weights.unsqueeze(-1))
+    elif gating.owners is not None:
+        h.mul_(weights.index_select(-1, gating.owners))
+    else:
+        h.mul_(weights)
+    if gating.strengths is not None:
+        h.mul_(gating.strengths)

@@ -9,9 +9,10 @@ import torch
 
 from xpert.errors import BadInput
 from xpert.experts.adapters import Adapter
-from xpert.experts.engines._kv_cache import RowCache, check_cacheable
+from xpert.experts.engines._kv_cache import RowCache, begin, check_cacheable
 from xpert.experts.engines._lora_layers import applied
-from xpert.experts.engines._lora_plan import COSTS, Plan, Planner, RowExperts
+from xpert.experts.engines._lora_plan import COSTS, Plan, Planner, RowMixture
+from xpert.experts.engines._prefixes import PrefixStore
 from xpert.language_model import LanguageModel
 
 __all__ = ["Passes"]
@@ -20,24 +21,43 @@ __all__ = ["Passes"]
 class Passes:
     """The base model as the engine uses it. One pass at a time, whichever threads ask."""
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, *, prefix_bytes: int = 0) -> None:
         self.model = lm.model.eval()
         self.device = lm.device
         self.config = self.model.config
         check_cacheable(self.config, where=lm.ref)
         self.planner = Planner(COSTS.get(self.device.type, COSTS["cuda"]))
+        self.prefixes = PrefixStore(prefix_bytes)
         text_config = self.config.get_text_config()
         self.context: int = getattr(text_config, "max_position_embeddings", None) or 2**31
         self.ends: frozenset[int] = lm.stop_ids
         self._lock = threading.Lock()
 
-    def prefill(self, prompts: Sequence[Sequence[int]], experts: Sequence[RowExperts]) -> tuple[torch.Tensor, RowCache]:
-        """Logits after each prompt [rows, vocabulary], and the cache. `experts` must be sorted by `row_order`."""
-        length = max(map(len, prompts))
-        ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
-        cache = RowCache(self.config)
-        plan = self.planner.make_plan(experts, length)
-        logits = self.forward(ids, [length - len(prompt) for prompt in prompts], plan, cache)
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[RowMixture], heads: Sequence[RowCache | None] = ()
+    ) -> tuple[torch.Tensor, RowCache]:
+        """Logits after each prompt [rows, vocabulary], and the cache. `rows` must be sorted by `row_order`.
+
+        `heads[t]`: keys and values of some first tokens of prompt t, computed before with the same experts (one row,
+        no padding). What they spare is what they spare the row that they spare least: all rows compute equally many
+        tokens, so that none needs a hole.
+        """
+        longest = max(map(len, prompts))
+        heads = heads or [None] * len(prompts)
+        known = [min(head.width, len(prompt) - 1) if head else 0 for head, prompt in zip(heads, prompts, strict=True)]
+        fresh = max(len(prompt) - count for prompt, count in zip(prompts, known, strict=True))
+        ids = [[0] * (fresh - len(prompt)) + list(prompt[-fresh:]) for prompt in prompts]
+        if fresh < longest:
+            counts = [max(0, len(prompt) - fresh) for prompt in prompts]
+            cache = begin(heads, counts, longest - fresh, self.config)
+            for count in counts:
+                if count:
+                    self.prefixes.used(count)
+        else:
+            cache = RowCache(self.config)
+        plan = self.planner.make_plan(rows, fresh)
+        pads = [longest - len(prompt) for prompt in prompts]
+        logits = self.forward(torch.tensor(ids, device=self.device), pads, plan, cache)
         return logits[:, -1], cache
 
     def forward(
@@ -65,7 +85,7 @@ class Passes:
         return logits
 
     def forget(self, adapter: Adapter) -> None:
-        """Frees what is held for an adapter that is no longer served."""
+        """Frees what is made of an adapter that has left the device."""
         self.planner.forget(adapter)
 
     def check_prompt(self, prompt: Sequence[int], *, where: str, room: int = 1) -> None:

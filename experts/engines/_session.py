@@ -1,55 +1,43 @@
 """Continuous batching: requests join and leave the batch between steps.
 
-A step is one decoding pass over all rows in flight, then one prefill pass over the requests that find a place. Rows
-that end leave the cache at once, and those admitted join it; the batch stays sorted by expert set.
+A step is one decoding pass over all rows in flight, then one prefill pass over the requests that find a place (two
+where they share a prefix that is not computed yet). Rows that end leave the cache at once, and those admitted join
+it; the batch stays sorted by gate and expert set.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 
 from xpert.errors import BadInput, XpertError
+from xpert.experts.engines._bank import AdapterBank
 from xpert.experts.engines._kv_cache import RowCache, gather
-from xpert.experts.engines._lora_plan import Plan, RowExperts, row_order
+from xpert.experts.engines._lora_plan import Plan, row_order
 from xpert.experts.engines._passes import Passes
-from xpert.experts.engines._reply_text import ReplyText
-from xpert.experts.engines._sampling import Chooser, check_sampling, choose
-from xpert.protocols import EngineRequest, Piece, WeightedExperts
+from xpert.experts.engines._prefixes import BLOCK
+from xpert.experts.engines._requests import InFlight, Lane
+from xpert.experts.engines._sampling import choose, token_logprobs
+from xpert.experts.engines._waiting import Waiting
+from xpert.protocols import EngineRequest, Piece
 
 __all__ = ["Session"]
 
-PREFILL_TOKENS = 8192
-"""Padded prompt tokens of one prefill pass, unless one prompt is longer; bounds memory and the wait of the others."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request in flight. `length` counts its tokens in the cache; `token` is the next to be fed."""
-
-    request: EngineRequest
-    experts: RowExperts
-    chooser: Chooser
-    text: ReplyText
-    length: int = 0
-    token: int = 0
-    made: int = 0
-    finished: str | None = None
-
-    @property
-    def id(self) -> str:
-        return self.request.id
+SPARED = 512
+"""Tokens that computing a shared prefix apart must spare to be worth a pass of its own."""
+PAUSE = 0.05
+"""Seconds that a step with nothing to compute waits for adapters on their way."""
 
 
 @dataclass
 class _Batch:
-    """The rows of one cache, sorted by expert set."""
+    """The rows of one cache, sorted by gate and expert set."""
 
-    rows: list[_Row] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
     cache: RowCache | None = None
     plan: Plan | None = None
 
@@ -58,19 +46,20 @@ class Session:
     """A batch that lives: `submit`, `step` until `idle`, `cancel` at any time.
 
     `submit`, `cancel`, `idle` and `pending` may be used from any thread, `step` and `failures` from one. A request
-    whose logits stop being numbers leaves the batch, and `failures` says so; the others go on.
+    whose logits stop being numbers, or whose adapters cannot be loaded, leaves, and `failures` says so; the others go
+    on.
     """
 
     def __init__(
-        self, passes: Passes, tokenizer: Any, resolve: Callable[[WeightedExperts], RowExperts], max_batch: int
+        self, passes: Passes, bank: AdapterBank, prepare: Callable[[EngineRequest], InFlight], max_batch: int
     ) -> None:
         self._passes = passes
-        self._tokenizer = tokenizer
-        self._resolve = resolve
+        self._bank = bank
+        self._prepare = prepare
         self._max_batch = max_batch
         self._batch = _Batch()
         self._lock = threading.Lock()  # guards the three below
-        self._waiting: list[_Row] = []
+        self._waiting = Waiting(bank, self._fresh)
         self._ids: set[str] = set()
         self._cancelled: set[str] = set()
         self._failures: list[tuple[str, XpertError]] = []
@@ -79,19 +68,27 @@ class Session:
         """Queues a request with the experts as they are now: a later exchange does not touch it.
 
         Raises BadInput for a prompt that is empty or too long, an id in use or senseless sampling, NotFound for an
-        unknown expert.
+        unknown expert, gate or decoder.
         """
-        where = f"request {request.id}"
-        check_sampling(request.sampling, where=where)
-        self._passes.check_prompt(request.prompt_ids, where=where)
-        experts = self._resolve(request.experts)
-        text = ReplyText(self._tokenizer, request.sampling.stop)
-        row = _Row(request, experts, Chooser(request.sampling), text)
+        prepared = self._prepare(request)
+        if len(prepared.lanes) > self._max_batch:
+            raise BadInput(
+                f"a contrast takes {len(prepared.lanes)} rows of the batch, which has {self._max_batch}",
+                where=f"request {request.id}",
+                hint="raise max-batch",
+            )
         with self._lock:
             if request.id in self._ids:
-                raise BadInput("a request of this id is in flight", where=where, hint="give each request its own id")
+                raise BadInput(
+                    "a request of this id is in flight",
+                    where=f"request {request.id}",
+                    hint="give each request its own id",
+                )
             self._ids.add(request.id)
-            self._waiting.append(row)
+            self._waiting.add(prepared)
+            self._waiting.fetch_ahead()
+        for lane in prepared.lanes:
+            self._passes.prefixes.sight(lane.chain)
 
     def cancel(self, request_id: str) -> None:
         """Takes a request out; its place is free in the next step. Unknown and finished ids are no error."""
@@ -118,136 +115,245 @@ class Session:
     def step(self) -> list[Piece]:
         """One token for every request in flight, and the first one for those that find a place.
 
-        An exception (out of memory, Ctrl-C) drops the requests in flight; model and session stay usable.
+        Where all that wait need adapters still on their way, it waits a moment for them. An exception (out of memory,
+        Ctrl-C) drops the requests in flight; model and session stay usable.
         """
+        joining: list[InFlight] = []
         try:
             self._drop_cancelled()
             pieces = self._decode()
-            return pieces + self._admit()
+            joining = self._choose()
+            pieces += self._admit(joining)
         except BaseException:
-            with self._lock:
-                self._ids = {row.id for row in self._waiting}
-            self._batch = _Batch()
+            self._abandon(joining)
             raise
+        if not self._batch.lanes and not pieces:
+            self._pause()
+        return pieces
+
+    def close(self) -> None:
+        """Lets go of all that waits and runs."""
+        with self._lock:
+            self._waiting.drop(set(self._ids))
+        self._abandon([])
+
+    def _abandon(self, joining: Sequence[InFlight]) -> None:
+        for request in {id(lane.of): lane.of for lane in self._batch.lanes}.values():
+            self._let_go(request)
+        for request in joining:
+            self._let_go(request)
+        with self._lock:
+            self._ids = {request.id for request in self._waiting.requests}
+        self._batch = _Batch()
+
+    def _let_go(self, request: InFlight) -> None:
+        if request.lease is not None:
+            self._bank.release(request.lease)
+            request.lease = None
 
     def _drop_cancelled(self) -> None:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, set()
-            self._waiting = [row for row in self._waiting if row.id not in cancelled]
+            self._waiting.drop(cancelled)
             self._ids -= cancelled
-        if any(row.id in cancelled for row in self._batch.rows):
-            self._settle([(self._batch, [row for row in self._batch.rows if row.id not in cancelled])])
+        if any(lane.of.id in cancelled for lane in self._batch.lanes):
+            for lane in self._batch.lanes:
+                if lane.of.id in cancelled:
+                    self._let_go(lane.of)
+            self._settle([(self._batch, [lane for lane in self._batch.lanes if lane.of.id not in cancelled])])
 
     def _decode(self) -> list[Piece]:
         batch = self._batch
         if batch.cache is None:
             return []
         if batch.plan is None:
-            batch.plan = self._passes.planner.make_plan([row.experts for row in batch.rows], 1)
-        ids = torch.tensor([[row.token] for row in batch.rows], device=self._passes.device)
-        lengths = [row.length for row in batch.rows]
+            batch.plan = self._passes.planner.make_plan([lane.mixture for lane in batch.lanes], 1)
+        ids = torch.tensor([[lane.of.token] for lane in batch.lanes], device=self._passes.device)
         width = batch.cache.width
-        logits = self._passes.forward(ids, [width - length for length in lengths], batch.plan, batch.cache)[:, -1]
-        for row in batch.rows:
-            row.length += 1
-        pieces = self._advance(batch.rows, logits)
-        if any(row.finished for row in batch.rows):
-            self._settle([(batch, [row for row in batch.rows if not row.finished])])
+        pads = [width - lane.length for lane in batch.lanes]
+        logits = self._passes.forward(ids, pads, batch.plan, batch.cache)[:, -1]
+        for lane in batch.lanes:
+            lane.length += 1
+        pieces = self._advance(batch.lanes, logits)
+        if any(lane.of.finished for lane in batch.lanes):
+            self._settle([(batch, [lane for lane in batch.lanes if not lane.of.finished])])
         return pieces
 
-    def _admit(self) -> list[Piece]:
-        rows = self._choose_waiting()
-        if not rows:
+    def _choose(self) -> list[InFlight]:
+        """Who joins in this step; those whose adapters or gates fail are told off."""
+        with self._lock:
+            self._waiting.fetch_ahead()
+            chosen = self._waiting.choose(self._max_batch - len(self._batch.lanes))
+            failed, self._waiting.failed = self._waiting.failed, []
+        for request, error in failed:
+            self._fail(request, error)
+        return [request for request in chosen if self._ready(request)]
+
+    def _ready(self, request: InFlight) -> bool:
+        handles = request.handles
+        try:
+            for lane in request.lanes:
+                if request.lease is not None:
+                    lane.mixture = lane.asked.with_adapters(request.lease, handles)
+                self._passes.planner.check(lane.mixture)
+        except XpertError as error:
+            self._fail(request, error)
+            return False
+        return True
+
+    def _fail(self, request: InFlight, error: XpertError) -> None:
+        request.finished = "failed"
+        self._failures.append((request.id, error))
+        self._let_go(request)
+        with self._lock:
+            self._ids.discard(request.id)
+
+    def _admit(self, requests: Sequence[InFlight]) -> list[Piece]:
+        lanes = sorted((lane for request in requests for lane in request.lanes), key=lambda x: row_order(x.mixture))
+        if not lanes:
             return []
-        rows.sort(key=lambda row: row_order(row.experts))
-        joining = _Batch(rows)
+        joining = _Batch(lanes)
+        heads = self._begun(lanes)
         logits, joining.cache = self._passes.prefill(
-            [row.request.prompt_ids for row in rows], [row.experts for row in rows]
+            [lane.prompt for lane in lanes], [lane.mixture for lane in lanes], heads
         )
-        for row in rows:
-            row.length = len(row.request.prompt_ids)
-        pieces = self._advance(rows, logits)
-        self._settle([(self._batch, self._batch.rows), (joining, [row for row in rows if not row.finished])])
+        for row, (lane, head) in enumerate(zip(lanes, heads, strict=True)):
+            lane.length = len(lane.prompt)
+            self._keep(lane, head, joining.cache, row)
+        pieces = self._advance(lanes, logits)
+        staying = [lane for lane in lanes if not lane.of.finished]
+        self._settle([(self._batch, self._batch.lanes), (joining, staying)])
         return pieces
 
-    def _choose_waiting(self) -> list[_Row]:
-        """The oldest request, and those nearest to it in length: little padding, and nobody waits for ever."""
-        with self._lock:
-            places = self._max_batch - len(self._batch.rows)
-            if not self._waiting or places <= 0:
-                return []
-            length = len(self._waiting[0].request.prompt_ids)
+    # ── shared prefixes ──────────────────────────────────────────────────────────────────────────────────────────
 
-            def distance(row: _Row) -> int:
-                return abs(len(row.request.prompt_ids) - length)
+    def _fresh(self, request: InFlight) -> int:
+        """Prompt tokens that no kept prefix spares."""
+        found = ((lane, self._find(lane)) for lane in request.lanes)
+        return max(len(lane.prompt) - (head.width if head else 0) for lane, head in found)
 
-            chosen: list[_Row] = []
-            longest = 0
-            for row in [self._waiting[0], *sorted(self._waiting[1:], key=distance)][:places]:
-                longest = max(longest, len(row.request.prompt_ids))
-                if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
-                    break
-                chosen.append(row)
-            taken = set(map(id, chosen))
-            self._waiting = [row for row in self._waiting if id(row) not in taken]
-            return chosen
+    def _find(self, lane: Lane) -> RowCache | None:
+        return self._passes.prefixes.find(lane.asked.identity, lane.prompt, lane.chain) if lane.chain else None
 
-    def _advance(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[Piece]:
-        """Chooses each row's next token, and says what can be said."""
+    def _begun(self, lanes: Sequence[Lane]) -> list[RowCache | None]:
+        """What is kept of each lane's beginning, after the prefixes that several of them share are computed."""
+        store = self._passes.prefixes
+        heads = [self._find(lane) for lane in lanes]
+        groups: dict[int, list[int]] = {}
+        for row, lane in enumerate(lanes):
+            count = store.shared(lane.chain)
+            head = heads[row]
+            if count > (head.width if head else 0):
+                groups.setdefault(lane.chain[count // BLOCK - 1], []).append(row)
+        groups = {block: rows for block, rows in groups.items() if len(rows) > 1}
+        first = {block: lanes[rows[0]] for block, rows in groups.items()}
+        counts = {block: BLOCK * (first[block].chain.index(block) + 1) for block in groups}
+        if sum((len(rows) - 1) * counts[block] for block, rows in groups.items()) < SPARED:
+            return heads
+        order = sorted(groups, key=lambda block: row_order(first[block].mixture))
+        prompts = [first[block].prompt[: counts[block]] for block in order]
+        known = [heads[groups[block][0]] for block in order]
+        _, cache = self._passes.prefill(prompts, [first[block].mixture for block in order], known)
+        for place, block in enumerate(order):
+            made = cache.part(place, cache.width - counts[block], cache.width)
+            lane = first[block]
+            store.put(lane.asked.identity, lane.prompt, lane.chain, made)
+            for row in groups[block]:
+                heads[row] = made
+        return heads
+
+    def _keep(self, lane: Lane, head: RowCache | None, cache: RowCache, row: int) -> None:
+        """Keeps the lane's beginning where others had it too and it was not kept before."""
+        store = self._passes.prefixes
+        count = store.shared(lane.chain)
+        if count > (head.width if head else 0):
+            start = cache.width - len(lane.prompt)
+            store.put(lane.asked.identity, lane.prompt, lane.chain, cache.part(row, start, start + count))
+
+    # ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _advance(self, lanes: Sequence[Lane], logits: torch.Tensor) -> list[Piece]:
+        """Chooses each request's next token, and says what can be said."""
+        place = {id(lane): row for row, lane in enumerate(lanes)}
+        requests = [lane.of for lane in lanes if lane is lane.of.lanes[0]]
+        own = logits if len(requests) == len(lanes) else logits[[place[id(request.lanes[0])] for request in requests]]
+        tokens = choose(_contrasted(requests, own, logits, place), [request.chooser for request in requests])
+        self._tell(requests, own, tokens)
         pieces = []
-        for row, token in zip(rows, choose(logits, [row.chooser for row in rows]), strict=True):
+        for request, token in zip(requests, tokens, strict=True):
             if token < 0:
-                row.finished = "failed"
-                self._failures.append((row.id, _not_numbers(row.request)))
+                self._fail(request, _not_numbers(request.request))
                 continue
-            row.token = token
-            row.made += 1
-            text = self._say(row)
-            if text or row.finished:
-                piece = Piece(row.id, text)
-                if row.finished:
-                    piece = replace(
-                        piece,
-                        finished=row.finished,
-                        prompt_tokens=len(row.request.prompt_ids),
-                        completion_tokens=row.made,
-                    )
+            piece = request.say(token, self._passes.ends, self._passes.context)
+            if piece is not None:
                 pieces.append(piece)
+        ended = [request for request in requests if request.finished]
+        for request in ended:
+            self._let_go(request)
         with self._lock:
-            self._ids.difference_update(row.id for row in rows if row.finished)
+            self._ids.difference_update(request.id for request in ended)
         return pieces
 
-    def _say(self, row: _Row) -> str:
-        if row.token in self._passes.ends:
-            row.finished = "stop"
-            return row.text.finish()
-        text = row.text.add(row.token)
-        full = row.length + 1 >= self._passes.context
-        if not row.text.stopped and (row.made >= row.request.sampling.max_tokens or full):
-            text += row.text.finish()
-            row.finished = "length"
-        if row.text.stopped:
-            row.finished = "stop"
-        return text
+    def _tell(self, requests: Sequence[InFlight], logits: torch.Tensor, tokens: Sequence[int]) -> None:
+        """Adds log-probabilities to the requests that want them."""
+        rows, wanted = [], []
+        for row, request in enumerate(requests):
+            asked = request.request.sampling.logprobs
+            if asked is not None and tokens[row] >= 0:
+                rows.append(row)
+                wanted.append(asked)
+        if rows:
+            found = token_logprobs(logits[rows], [tokens[row] for row in rows], wanted)
+            for row, logprob in zip(rows, found, strict=True):
+                requests[row].told.append(logprob)
 
-    def _settle(self, parts: Sequence[tuple[_Batch, list[_Row]]]) -> None:
+    # ── the batch ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self, parts: Sequence[tuple[_Batch, list[Lane]]]) -> None:
         """Makes one batch of the rows that stay."""
         places = []
         for batch, staying in parts:
-            index = {id(row): place for place, row in enumerate(batch.rows)}
-            places += [(row, batch.cache, index[id(row)]) for row in staying]
-        places.sort(key=lambda place: row_order(place[0].experts))
-        rows = [row for row, _, _ in places]
-        if not rows:
+            index = {id(lane): place for place, lane in enumerate(batch.lanes)}
+            places += [(lane, batch.cache, index[id(lane)]) for lane in staying]
+        places.sort(key=lambda place: row_order(place[0].mixture))
+        lanes = [lane for lane, _, _ in places]
+        if not lanes:
             self._batch = _Batch()
         elif len(parts) == 2 and not parts[1][1]:
             pass  # nothing joined: all ended with their first token
-        elif len(parts) == 2 and not parts[0][1] and len(rows) == len(parts[1][0].rows):
+        elif len(parts) == 2 and not parts[0][1] and len(lanes) == len(parts[1][0].lanes):
             self._batch = parts[1][0]  # all rows are new: their cache is the batch's
         else:
-            width = max(row.length for row in rows)
+            width = max(lane.length for lane in lanes)
             sources = [(cache, place) for _, cache, place in places if cache is not None]
-            self._batch = _Batch(rows, gather(sources, width, self._passes.config))
+            self._batch = _Batch(lanes, gather(sources, width, self._passes.config))
+
+    def _pause(self) -> None:
+        """Waits for the adapters of the oldest request, rather than to ask for them without end."""
+        with self._lock:
+            oldest = next(iter(self._waiting.requests), None)
+        if oldest is not None and oldest.handles:
+            with suppress(XpertError):  # not here yet, or failed, which the next step says
+                self._bank.release(self._bank.wait(oldest.handles, timeout=PAUSE))
+
+
+def _contrasted(
+    requests: Sequence[InFlight], own: torch.Tensor, logits: torch.Tensor, place: dict[int, int]
+) -> torch.Tensor:
+    """The logits to choose by: those of requests with a decoder are contrasted with their second lane's."""
+    groups: dict[int, list[int]] = {}
+    for row, request in enumerate(requests):
+        if request.decoder is not None:
+            groups.setdefault(id(request.decoder), []).append(row)
+    if not groups:
+        return own
+    result = own.float().clone()
+    for rows in groups.values():
+        decoder = requests[rows[0]].decoder
+        assert decoder is not None
+        other = logits[[place[id(requests[row].lanes[1])] for row in rows]]
+        result[rows] = decoder.combine(own[rows], other).float()
+    return result
 
 
 def _not_numbers(request: EngineRequest) -> XpertError:

@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from xpert import plugins
 from xpert.errors import BadInput, unknown
-from xpert.experts.adapters import Adapter, read_adapter
+from xpert.experts.engines._bank import AdapterBank, ResidencyOptions
 from xpert.experts.engines._continuations import continuation_logprobs
-from xpert.experts.engines._lora_plan import RowExperts
+from xpert.experts.engines._lora_plan import GateEntry
 from xpert.experts.engines._passes import Passes
+from xpert.experts.engines._reply_text import ReplyText
+from xpert.experts.engines._requests import Asked, InFlight, Lane
+from xpert.experts.engines._sampling import Chooser, check_sampling
 from xpert.experts.engines._session import Session
 from xpert.language_model import LanguageModel
-from xpert.protocols import EngineRequest, Piece, WeightedExperts
+from xpert.protocols import Contrast, Decoder, EngineRequest, Gate, Piece, WeightedExperts
+from xpert.storage import hash_json
 
 __all__ = ["PLUGIN", "TorchEngine"]
 
@@ -28,56 +35,86 @@ __all__ = ["PLUGIN", "TorchEngine"]
 class TorchEngine:
     """Implements `protocols.Engine` on a `LanguageModel`, whose `model` it leaves unchanged.
 
-    `max_batch` is the number of requests in flight at once. Several sessions and threads may share an engine; their
+    `max_batch` is the number of rows in flight at once: one for each request, two where it is contrasted. `residency`
+    bounds what experts take of the device and of the host's memory, `prefix_bytes` what the keys and values of shared
+    prompt prefixes take of the device's (0: none are kept). Several sessions and threads may share an engine; their
     passes take turns. While it runs, nobody else may call the same `lm.model`.
     """
 
-    def __init__(self, lm: LanguageModel, *, max_batch: int = 16) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        max_batch: int = 16,
+        residency: ResidencyOptions | None = None,
+        prefix_bytes: int = 256 << 20,
+    ) -> None:
         if max_batch < 1:
             raise BadInput(f"max-batch is {max_batch}; the least is 1")
+        if prefix_bytes < 0:
+            raise BadInput(f"prefix-bytes is {prefix_bytes}; the least is 0, which keeps no prefixes")
         self.lm = lm
         self.max_batch = max_batch
-        self._passes = Passes(lm)
-        self._adapters: dict[str, Adapter] = {}
+        self._passes = Passes(lm, prefix_bytes=prefix_bytes)
+        self._bank = AdapterBank(lm, residency or ResidencyOptions(), on_evict=self._passes.forget)
+        self._gates: dict[str, GateEntry] = {}
+        self._gates_made = 0
+        self._decoders: dict[str, Decoder] = {}
         self._lock = threading.Lock()
 
     @property
     def experts(self) -> dict[str, str]:
         """Key -> content fingerprint of the experts that can be asked for."""
+        return self._bank.experts
+
+    @property
+    def gates(self) -> frozenset[str]:
+        """The gates that requests can name."""
         with self._lock:
-            return {key: adapter.fingerprint for key, adapter in self._adapters.items()}
+            return frozenset(self._gates)
 
     @property
     def context(self) -> int:
         """Tokens of prompt and reply together that the base model can hold."""
         return self._passes.context
 
-    def add_expert(self, key: str, folder: Path) -> None:
-        """Loads the adapter in `folder` under `key`.
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What was spared and what it cost: adapter hits, loads, uploads, evictions and bytes; prefix hits, the tokens
+        they spared, and bytes."""
+        prefixes = self._passes.prefixes
+        spared = {"prefix_hits": prefixes.hits, "prefix_tokens": prefixes.spared, "prefix_bytes": prefixes.bytes}
+        return {**asdict(self._bank.counters), **spared}
 
-        A key in use with other content is replaced: requests in flight end with the adapter they began with. Raises
-        BadInput (NotFound, Corrupt) where the adapter does not fit the base model or cannot be served.
+    def add_expert(self, key: str, folder: Path, *, pinned: bool = False) -> None:
+        """Registers the adapter in `folder` under `key`; `pinned` keeps it on the device.
+
+        A key in use with other content is replaced: requests in flight end with the adapter they began with. Nobody
+        waits for it. Raises BadInput (NotFound, Corrupt) where the adapter does not fit the base model or cannot be
+        served.
         """
-        adapter = read_adapter(key, Path(folder), self.lm)
-        with self._lock:
-            earlier = self._adapters.get(key)
-            if earlier is not None and earlier.fingerprint == adapter.fingerprint:
-                return
-            self._adapters[key] = adapter
-        if earlier is not None:
-            self._passes.forget(earlier)
+        self._bank.add(key, Path(folder), pinned=pinned)
 
     def remove_expert(self, key: str) -> None:
         """Forgets an expert; requests in flight with it end as they began. Raises NotFound for an unknown key."""
+        self._bank.remove(key)
+
+    def pin_expert(self, key: str) -> None:
+        """Keeps an expert on the device. Raises NotFound for an unknown key, BadInput where the pins do not fit."""
+        self._bank.pin(key)
+
+    def unpin_expert(self, key: str) -> None:
+        self._bank.unpin(key)
+
+    def add_gate(self, key: str, gate: Gate) -> None:
+        """Lets requests name `gate`; one of the same key is replaced, for the requests to come."""
         with self._lock:
-            if key not in self._adapters:
-                raise unknown("expert", key, self._adapters)
-            adapter = self._adapters.pop(key)
-        self._passes.forget(adapter)
+            self._gates_made += 1
+            self._gates[key] = GateEntry(key, self._gates_made, gate)
 
     def session(self) -> Session:
         """A batch to be driven step by step, from a server's thread for one."""
-        return Session(self._passes, self.lm.tokenizer, self._resolve, self.max_batch)
+        return Session(self._passes, self._bank, self._prepare, self.max_batch)
 
     def generate(
         self, requests: Iterable[EngineRequest], *, cancelled: Callable[[str], bool] | None = None
@@ -90,45 +127,125 @@ class TorchEngine:
         session = self.session()
         source = iter(requests)
         more = True
-        while True:
-            while more and len(session.pending) < 2 * self.max_batch:
-                request = next(source, None)
-                if request is None:
-                    more = False
-                else:
-                    session.submit(request)
-            if cancelled is not None:
-                for request_id in session.pending:
-                    if cancelled(request_id):
-                        session.cancel(request_id)
-            yield from session.step()
-            for _, error in session.failures():
-                raise error
-            if not more and session.idle:
-                return
+        try:
+            while True:
+                while more and len(session.pending) < 2 * self.max_batch:
+                    request = next(source, None)
+                    if request is None:
+                        more = False
+                    else:
+                        session.submit(request)
+                if cancelled is not None:
+                    for request_id in session.pending:
+                        if cancelled(request_id):
+                            session.cancel(request_id)
+                yield from session.step()
+                for _, error in session.failures():
+                    raise error
+                if not more and session.idle:
+                    return
+        finally:
+            session.close()
 
     def continuation_logprobs(
         self, requests: Sequence[EngineRequest], continuations: Sequence[tuple[int, ...]]
     ) -> list[list[float]]:
-        """Log-probability of each token of one continuation per request, given its prompt and experts.
+        """Log-probability of each token of one continuation per request, given its prompt, experts and gate.
 
         Requests with the same prompt and experts, such as the choices of one question, share the prompt's pass.
-        Sampling is not looked at. Raises BadInput for an empty prompt or continuation, and beyond the context.
+        Sampling is not looked at. Raises BadInput for an empty prompt or continuation, beyond the context, and for a
+        request with a contrast, which has no probabilities of its own.
         """
-        experts = [self._resolve(request.experts) for request in requests]
-        return continuation_logprobs(self._passes, requests, experts, continuations, self.max_batch)
+        for request in requests:
+            if request.contrast is not None:
+                raise BadInput("a contrast cannot be scored", where=f"request {request.id}")
+        asked = [self._asked(r.experts, r.gate, r.gate_bias, where=f"request {r.id}") for r in requests]
+        return continuation_logprobs(self._passes, self._bank, requests, asked, continuations, self.max_batch)
 
-    def _resolve(self, experts: WeightedExperts) -> RowExperts:
-        """The adapters of a request, weights of a repeated key added up, those of weight zero left out."""
-        weights: dict[str, float] = {}
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prepare(self, request: EngineRequest) -> InFlight:
+        """The request with its experts as they are now; raises BadInput or NotFound for what cannot be answered."""
+        where = f"request {request.id}"
+        check_sampling(request.sampling, where=where)
+        prompts = [request.prompt_ids]
+        asked = [self._asked(request.experts, request.gate, request.gate_bias, where=where)]
+        contrast, decoder = request.contrast, None
+        if contrast is not None:
+            decoder = self._decoder(contrast, where=where)
+            prompts.append(contrast.prompt_ids if contrast.prompt_ids is not None else request.prompt_ids)
+            experts = contrast.experts if contrast.experts is not None else request.experts
+            asked.append(self._asked(experts, request.gate, request.gate_bias, where=where))
+        for prompt in prompts:
+            self._passes.check_prompt(prompt, where=where)
+        made = InFlight(
+            request,
+            decoder,
+            Chooser(request.sampling, request.prompt_ids),
+            ReplyText(self.lm.tokenizer, request.sampling.stop),
+        )
+        chain = self._passes.prefixes.chain
+        made.lanes = tuple(
+            Lane(made, one, prompt, chain(one.identity, prompt)) for one, prompt in zip(asked, prompts, strict=True)
+        )
+        self._bank.fits(made.handles)
+        return made
+
+    def _asked(self, experts: WeightedExperts, gate: str | None, bias: WeightedExperts, *, where: str) -> Asked:
+        """Weights of a repeated key added up, those of weight zero left out. `bias` may name the experts alone."""
+        weights = _summed(experts, "weight")
+        held = {key: self._bank.resolve(key) for key in weights}
+        entry = self._gate(gate) if gate is not None else None
+        if bias and entry is None:
+            raise BadInput("a gate bias without a gate", where=where, hint="name the gate too")
+        biases = _summed(bias, "gate bias")
+        for key in biases:
+            if key not in weights:
+                raise unknown("expert", key, weights)
+        if entry is not None:
+            for key, weight in weights.items():
+                if weight < 0:
+                    raise BadInput(
+                        f"the strength of expert {key!r} is {weight}",
+                        where=where,
+                        hint="behind a gate the least is 0, which switches it off",
+                    )
+        chosen = [(key, weight) for key, weight in sorted(weights.items()) if weight]
+        return Asked(
+            tuple((held[key], weight) for key, weight in chosen),
+            entry if chosen else None,
+            tuple(biases.get(key, 0.0) for key, _ in chosen) if biases and chosen else (),
+        )
+
+    def _gate(self, key: str) -> GateEntry:
         with self._lock:
-            for key, weight in experts:
-                if key not in self._adapters:
-                    raise unknown("expert", key, self._adapters)
-                if not math.isfinite(weight):
-                    raise BadInput(f"the weight of expert {key!r} is {weight}", hint="weights are finite numbers")
-                weights[key] = weights.get(key, 0.0) + weight
-            return tuple((self._adapters[key], weight) for key, weight in sorted(weights.items()) if weight)
+            if key not in self._gates:
+                raise unknown("gate", key, self._gates)
+            return self._gates[key]
+
+    def _decoder(self, contrast: Contrast, *, where: str) -> Decoder:
+        """One object for all requests with the same settings, so that they are combined together."""
+        key = hash_json([contrast.decoder, dict(contrast.params)])
+        with self._lock:
+            if key not in self._decoders:
+                plugin: Any = plugins.load("decoder", contrast.decoder)
+                options = plugin.Options.from_mapping(contrast.params, where=f"decoder {contrast.decoder}")
+                self._decoders[key] = plugin(options)
+            decoder = self._decoders[key]
+        differs = contrast.experts is not None if decoder.against == "experts" else contrast.prompt_ids is not None
+        if not differs:
+            what = "the experts" if decoder.against == "experts" else "the prompt"
+            raise BadInput(f"decoder {contrast.decoder} needs {what} to contrast with", where=where)
+        return decoder
+
+
+def _summed(pairs: WeightedExperts, what: str) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for key, value in pairs:
+        if not math.isfinite(value):
+            raise BadInput(f"the {what} of expert {key!r} is {value}", hint="it must be a finite number")
+        sums[key] = sums.get(key, 0.0) + value
+    return sums
 
 
 PLUGIN = TorchEngine

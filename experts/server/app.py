@@ -185,7 +185,10 @@ class _Service:
     def _job(self, model: str, messages: tuple[Message, ...], sampling: Sampling) -> _Job:
         id = f"chatcmpl-{uuid.uuid4().hex}"
         route = self._route(id, model, messages)
-        engine_request = self.runner.engine_request(id, messages, route.experts, sampling, tokenizer=self.tokenizer)
+        routed = self.runner.experts_of_model(model) is None
+        engine_request = self.runner.engine_request(
+            id, messages, route.experts, sampling, gated=routed, tokenizer=self.tokenizer
+        )
         return _Job(id, model, route, engine_request, int(time.time()))
 
     async def _pieces(self, job: _Job) -> AsyncIterator[Piece]:

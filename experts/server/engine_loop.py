@@ -60,6 +60,7 @@ class EngineLoop:
             while not self._sinks or not self._inbox.empty():
                 if not self._take(*self._inbox.get()):
                     self._fail(Unavailable("the server is shutting down"))
+                    self._session.close()
                     return
             self._step()
 
@@ -86,6 +87,7 @@ class EngineLoop:
             # A step that broke leaves the batch in no known state: all its requests fail, and a new one begins.
             log.exception("a step of the engine failed")
             self._fail(error)
+            self._session.close()
             self._session = self._engine.session()
             return
         for piece in pieces:

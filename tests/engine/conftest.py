@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from xpert.experts.engines._lora_plan import RowMixture
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.language_model import LanguageModel, load_model
 from xpert.protocols import EngineRequest, Sampling, WeightedExperts
@@ -31,12 +33,19 @@ def folders(make_adapter: Callable[..., Path]) -> dict[str, Path]:
     return {key: make_adapter(seed=ord(key), **settings) for key, settings in SHAPES.items()}
 
 
+def on_device(engine: TorchEngine) -> TorchEngine:
+    """Waits until all experts have come, for tests that count steps."""
+    for key in engine.experts:
+        engine._bank.release(engine._bank.wait([engine._bank.resolve(key)]))
+    return engine
+
+
 @pytest.fixture
 def engine(lm: LanguageModel, folders: dict[str, Path]) -> TorchEngine:
     engine = TorchEngine(lm, max_batch=4)
     for key, folder in folders.items():
         engine.add_expert(key, folder)
-    return engine
+    return on_device(engine)
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +82,27 @@ def plain_reply(plain: Callable[..., Any], lm: LanguageModel) -> Callable[..., t
         return tuple(made[0, len(prompt) :].tolist())
 
     return reply
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of expert `a` to be spoiled."""
+    return Path(shutil.copytree(folders["a"], tmp_path / "expert"))
+
+
+@pytest.fixture
+def mixture_of() -> Callable[..., RowMixture]:
+    """What an engine computes a row of these weighted experts with, adapters at hand."""
+
+    def make(engine: TorchEngine, experts: WeightedExperts, gate: str | None = None) -> RowMixture:
+        asked = engine._asked(experts, gate, (), where="test")
+        if not asked.handles:
+            return RowMixture()
+        lease = engine._bank.wait(asked.handles)
+        assert lease is not None
+        return asked.with_adapters(lease, asked.handles)
+
+    return make
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ from xpert.registry.card import BaseModel, ExpertCard
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of expert `a` to be spoiled."""
-    return Path(shutil.copytree(folders["a"], tmp_path / "expert"))
-
-
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

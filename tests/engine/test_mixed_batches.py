@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xpert.experts.engines._lora_layers import applied
-from xpert.experts.engines._lora_plan import CostModel, Planner, row_order
+from xpert.experts.engines._lora_plan import CostModel, Planner, RowMixture, row_order
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.language_model import LanguageModel
 from xpert.protocols import EngineRequest
@@ -53,14 +53,18 @@ def test_greedy_replies_equal_plain_peft_prompt_by_prompt(
 
 @pytest.mark.parametrize("costs", [SLICED, MASKED], ids=["sliced", "masked"])
 def test_logits_equal_plain_peft(
-    engine: TorchEngine, plain: Callable[..., Any], ask: Callable[..., EngineRequest], costs: CostModel
+    engine: TorchEngine,
+    plain: Callable[..., Any],
+    ask: Callable[..., EngineRequest],
+    mixture_of: Callable[..., RowMixture],
+    costs: CostModel,
 ) -> None:
     import torch
 
     engine._passes.planner = Planner(costs)
     keys = [None, "a", "a", "b", "c", "d"]
     requests = [ask(str(i), PROMPTS[i % 5], ((key, 1.0),) if key else ()) for i, key in enumerate(keys)]
-    experts = [engine._resolve(request.experts) for request in requests]
+    experts = [mixture_of(engine, request.experts) for request in requests]
     logits, _ = engine._passes.prefill([request.prompt_ids for request in requests], experts)
     for row, (key, request) in enumerate(zip(keys, requests, strict=True)):
         expected = plain(key)(torch.tensor([request.prompt_ids])).logits[0, -1]
@@ -72,7 +76,7 @@ def exact_sum(model: Any, experts: Any) -> list[tuple[Any, Any]]:
     import torch
 
     kept = []
-    for adapter, weight in experts:
+    for adapter, weight in experts.experts:
         for name, part in adapter.modules.items():
             layer = model.get_submodule(name)
             kept.append((layer, layer.weight.data.clone()))
@@ -86,12 +90,16 @@ def exact_sum(model: Any, experts: Any) -> list[tuple[Any, Any]]:
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_weighted_sums_equal_the_merged_weights(
-    engine: TorchEngine, lm: LanguageModel, sets: list[dict[str, float]], costs: CostModel
+    engine: TorchEngine,
+    lm: LanguageModel,
+    mixture_of: Callable[..., RowMixture],
+    sets: list[dict[str, float]],
+    costs: CostModel,
 ) -> None:
     """Rank concatenation (I6): any sets, any weights, any partition of the rows."""
     import torch
 
-    rows = sorted((engine._resolve(tuple(weights.items())) for weights in sets), key=row_order)
+    rows = sorted((mixture_of(engine, tuple(weights.items())) for weights in sets), key=row_order)
     prompts = [lm.tokenizer(PROMPTS[index])["input_ids"] for index in range(len(rows))]
     engine._passes.planner = Planner(costs)
     logits, _ = engine._passes.prefill(prompts, rows)
@@ -106,18 +114,20 @@ def test_weighted_sums_equal_the_merged_weights(
         assert (logits[row] - expected).abs().max() < 1e-4
 
 
-def test_one_layer_is_exact_to_1e_5(engine: TorchEngine, lm: LanguageModel) -> None:
+def test_one_layer_is_exact_to_1e_5(
+    engine: TorchEngine, lm: LanguageModel, mixture_of: Callable[..., RowMixture]
+) -> None:
     import torch
 
     name = "model.layers.0.self_attn.q_proj"
-    rows = [engine._resolve(e) for e in ((), (("a", 0.25), ("b", 0.75)), (("a", 0.5), ("c", 2.0)))]
+    rows = [mixture_of(engine, e) for e in ((), (("a", 0.25), ("b", 0.75)), (("a", 0.5), ("c", 2.0)))]
     x = torch.randn(3, 7, 64)
     layer = lm.model.get_submodule(name)
     with applied(lm.model, engine._passes.planner.make_plan(rows, 7)), torch.inference_mode():
         found = layer(x)
     for row, experts in enumerate(rows):
         expected = x[row] @ layer.weight.T
-        for adapter, weight in experts:
+        for adapter, weight in experts.experts:
             expected = expected + weight * (x[row] @ adapter.modules[name].a.T @ adapter.modules[name].b.T)
         assert torch.allclose(found[row], expected, atol=1e-5, rtol=1e-5)
 
@@ -185,7 +195,13 @@ def test_the_requests_own_seed_alone_decides(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bfloat16_stays_near(tiny_base: Any, folders: dict[str, Any], lm: LanguageModel, attention: str) -> None:
+def test_bfloat16_stays_near(
+    tiny_base: Any,
+    folders: dict[str, Any],
+    lm: LanguageModel,
+    mixture_of: Callable[..., RowMixture],
+    attention: str,
+) -> None:
     """bf16 keeps 8 bits: logits within 3 % of their range of the float32 engine's, on this two-layer model."""
     import torch
 
@@ -198,7 +214,7 @@ def test_bfloat16_stays_near(tiny_base: Any, folders: dict[str, Any], lm: Langua
         engine = TorchEngine(model)
         for key in "ab":
             engine.add_expert(key, folders[key])
-        rows = [engine._resolve(e) for e in ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))]
+        rows = [mixture_of(engine, e) for e in ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))]
         prompts = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:3]]
         logits.append(engine._passes.prefill(prompts, rows)[0])
     assert logits[1].dtype == torch.bfloat16

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpert.experts.adapters import Adapter, LowRank
-from xpert.experts.engines._lora_plan import CostModel, Planner, RowExperts, _runs, _union, row_order
+from xpert.experts.engines._lora_plan import CostModel, Planner, RowMixture, _runs, _union, row_order
 
 
 def make_bank() -> dict[str, Adapter]:
@@ -29,12 +29,12 @@ BANK = make_bank()
 ROWS = st.lists(st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 1.0]), max_size=3), max_size=7)
 
 
-def to_rows(sets: list[dict[str, float]]) -> list[RowExperts]:
-    rows = [tuple((BANK[key], weight) for key, weight in sorted(weights.items())) for weights in sets]
+def to_rows(sets: list[dict[str, float]]) -> list[RowMixture]:
+    rows = [RowMixture(tuple((BANK[key], weight) for key, weight in sorted(weights.items()))) for weights in sets]
     return sorted(rows, key=row_order)
 
 
-def cost(costs: CostModel, rows: list[RowExperts], tokens: int) -> float:
+def cost(costs: CostModel, rows: list[RowMixture], tokens: int) -> float:
     adapters = _union(rows)
     load = sum(p.a.numel() + p.b.numel() for adapter in adapters for p in adapter.modules.values())
     launches = max((len(adapter.modules) for adapter in adapters), default=0)
@@ -69,11 +69,13 @@ def test_segments_give_each_row_its_own_weighted_sum(sets: list[dict[str, float]
     plan = Planner(CostModel(launch, 1.0)).make_plan(rows, 1)
     for module in ("m0", "m1"):
         found = torch.zeros(len(rows), 5)
-        for start, stop, a, b, weights in plan.modules.get(module, []):
-            h = torch.ones(stop - start, 1, 3) @ a.T
-            found[start:stop] += ((h if weights is None else h * weights) @ b.T)[:, 0]
-        for index, experts in enumerate(rows):
-            held = [(adapter.modules[module], weight) for adapter, weight in experts if module in adapter.modules]
+        for part in plan.modules.get(module, []):
+            assert part.matrices is not None
+            h = torch.ones(part.stop - part.start, 1, 3) @ part.matrices[0].T
+            weighted = h if part.weights is None else h * part.weights
+            found[part.start : part.stop] += (weighted @ part.matrices[1].T)[:, 0]
+        for index, row in enumerate(rows):
+            held = [(adapter.modules[module], weight) for adapter, weight in row.experts if module in adapter.modules]
             expected = sum(weight * (part.b @ part.a @ torch.ones(3)) for part, weight in held)
             assert torch.allclose(found[index], torch.zeros(5) + expected)
 

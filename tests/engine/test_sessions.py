@@ -72,7 +72,7 @@ def test_random_arrivals_and_cancellations_lose_and_mix_nothing(
             text[piece.request_id] += piece.text
             if piece.finished:
                 ended.add(piece.request_id)
-        assert len(session._batch.rows) <= engine.max_batch
+        assert len(session._batch.lanes) <= engine.max_batch
         if not to_come and session.idle:
             break
     assert ended | cancelled == set(requests) and not ended & cancelled
@@ -88,7 +88,7 @@ def test_a_cancelled_request_frees_its_place_in_the_next_step(engine: TorchEngin
     session.step()
     session.cancel("2")
     session.step()
-    assert {row.id for row in session._batch.rows} == {"0", "1", "3", "late"}
+    assert {lane.of.id for lane in session._batch.lanes} == {"0", "1", "3", "late"}
 
 
 def test_generate_asks_before_every_step_whether_to_go_on(engine: TorchEngine, ask: Ask) -> None:
@@ -260,7 +260,7 @@ def test_an_exception_in_a_pass_leaves_no_trace(
     assert state(model) == clean
 
 
-def test_anothers_shadowed_forward_is_called_and_put_back(engine: TorchEngine) -> None:
+def test_anothers_shadowed_forward_is_called_and_put_back(engine: TorchEngine, mixture_of: Any) -> None:
     """accelerate puts its own `forward` into instances."""
     import torch
 
@@ -274,7 +274,7 @@ def test_anothers_shadowed_forward_is_called_and_put_back(engine: TorchEngine) -
 
     layer.forward = theirs
     try:
-        plan = engine._passes.planner.make_plan([engine._resolve((("a", 1.0),))], 1)
+        plan = engine._passes.planner.make_plan([mixture_of(engine, (("a", 1.0),))], 1)
         with torch.inference_mode(), applied(engine.lm.model, plan):
             layer(torch.zeros(1, 1, 64))
         assert calls == [1] and layer.__dict__["forward"] is theirs
@@ -282,11 +282,11 @@ def test_anothers_shadowed_forward_is_called_and_put_back(engine: TorchEngine) -
         del layer.forward
 
 
-def test_rows_that_cannot_be_told_apart_are_refused(engine: TorchEngine) -> None:
+def test_rows_that_cannot_be_told_apart_are_refused(engine: TorchEngine, mixture_of: Any) -> None:
     import torch
 
     layer = engine.lm.model.model.layers[0].self_attn.q_proj
-    plan = engine._passes.planner.make_plan([engine._resolve((("a", 1.0),))], 1)
+    plan = engine._passes.planner.make_plan([mixture_of(engine, (("a", 1.0),))], 1)
     with applied(engine.lm.model, plan), pytest.raises(BadInput, match=r"q_proj .* cannot be told apart"):
         layer(torch.zeros(5, 64))
 

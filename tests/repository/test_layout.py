@@ -92,7 +92,7 @@ def test_modules_that_compute_are_imported_inside_functions(folder: str) -> None
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in modules(folder)
-        if not computes(path)
+        if not imports_torch(path)
         for name in imported_at_the_top(ast.parse(path.read_text(encoding="utf-8")))
         if name in computing
     ]
@@ -104,10 +104,14 @@ def imported_at_the_top(tree: ast.Module) -> set[str]:
     return {name for node in top for name in imported(node)}
 
 
-def computes(path: Path) -> bool:
-    """Whether a module imports torch at its top: tensor code, as all of `experts` may."""
+def imports_torch(path: Path) -> bool:
     names = imported_at_the_top(ast.parse(path.read_text(encoding="utf-8")))
-    return any(name.split(".")[0] == "torch" for name in names) and path.is_relative_to(ROOT / "toolkit")
+    return any(name.split(".")[0] == "torch" for name in names)
+
+
+def computes(path: Path) -> bool:
+    """Whether a module of the toolkit is tensor code, as all of `experts` may be."""
+    return path.is_relative_to(ROOT / "toolkit") and imports_torch(path)
 
 
 def test_no_command_loads_anything_heavy_before_it_runs() -> None:
@@ -144,6 +148,7 @@ def test_every_imported_package_is_declared() -> None:
         *project["optional-dependencies"]["st"],
         *project["optional-dependencies"]["ray"],
         *project["optional-dependencies"]["judge"],
+        *project["optional-dependencies"]["vllm"],
     ]
     lines += (ROOT / "demo-packages.txt").read_text(encoding="utf-8").split()
     declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in lines}

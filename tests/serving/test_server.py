@@ -256,6 +256,9 @@ class _BrokenSession:
     def failures(self) -> list[Any]:
         return []
 
+    def close(self) -> None:
+        self.waiting = []
+
     def step(self) -> list[Piece]:
         if self.engine.broken:
             self.engine.broken = False
