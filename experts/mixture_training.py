@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
-from xpert.config import Config, option
 from xpert.errors import BadInput, XpertError
 from xpert.experts.adapters import read_adapter, read_parts
 from xpert.experts.checkpoints import other_work, remove_work, work_folder
@@ -27,17 +25,10 @@ if TYPE_CHECKING:
     from xpert.experts.gates._learned import LearnedGate
     from xpert.experts.mixture_training_layers import JointModel
 
-__all__ = ["EXPERTS_OWN", "MixtureOptions", "learned_gate", "train_mixture"]
+__all__ = ["EXPERTS_OWN", "learned_gate", "train_mixture"]
 
 EXPERTS_OWN = ("rank", "alpha", "target_modules", "rslora", "gate")
 """Options of ordinary training that the experts of a mixture have settled already."""
-
-
-@dataclass(frozen=True)
-class MixtureOptions(Config):
-    """What `xpert train --mixture` takes besides the options of training."""
-
-    freeze_experts: bool = option(False, "with --mixture: train the router alone and leave the experts as they are")
 
 
 def train_mixture(

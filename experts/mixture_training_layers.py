@@ -177,6 +177,9 @@ class JointModel:
 class JointLinear(nn.Module):
     """A linear layer with several updates. One dropout mask for all of them, as in LoRAMoE."""
 
+    _expert_of: torch.Tensor
+    _scale: torch.Tensor
+
     def __init__(
         self,
         name: str,

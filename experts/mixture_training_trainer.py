@@ -50,15 +50,16 @@ class MixtureTrainer(AnswerTrainer):
         extra = self._metrics["train"].get("router_loss")
         if "loss" in logs and extra:
             logs["loss"] -= sum(extra) / len(extra)
-        super().log(logs, start_time)  # type: ignore[no-untyped-call]
+        super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
-        if KIND not in self._signature_columns:
-            self._signature_columns.append(KIND)
+        columns: Any = self._signature_columns
+        if KIND not in columns:
+            columns.append(KIND)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.joint.save(folder)
 
@@ -81,7 +82,7 @@ class _Steps(TrainerCallback):
 
 class _WithKinds(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)  # type: ignore[no-untyped-call]
+        batch: dict[str, Any] = super().torch_call(examples)
         if KIND in examples[0]:
             batch[KIND] = torch.tensor([example[KIND] for example in examples])
         return batch

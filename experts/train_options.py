@@ -38,7 +38,11 @@ class TrainOptions(Config):
         "of the base model; auto is bfloat16 on CUDA, float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
     )
-    gate: str | None = option(None, "make the expert's vectors for this token gate too", choices=KEPT_GATES)
+    gate: str | None = option(
+        None,
+        "make the expert's vectors for this token gate too; with --mixture: the gate whose router is trained",
+        choices=KEPT_GATES,
+    )
     activation_checkpointing: bool = option(False, "recompute activations: less memory, about a third slower")
     checkpoint_steps: int = option(50, "steps between the checkpoints a killed run goes on from", minimum=1)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import load_mixture
 from xpert.experts.mixture_training import train_mixture
@@ -38,7 +37,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     files = [folder / "gate.safetensors", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
-    return {f"{file.parent.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {f"{file.relative_to(folder)} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -59,3 +58,183 @@ def test_the_loss_falls_with_every_gate(gate: str, source: Path, mixture_file: P
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])
     assert not list(tmp_path.glob(".out*"))
+
+
+# ── what is written ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_written_mixture(
+    source: Path, mixture_file: Path, tiny_base: Path, tmp_path: Path, xpert: Callable[..., Result]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    command = ["train", source, "--mixture", mixture_file, "--gate", "softmax-top-k", "-o", out, "--device", "cpu"]
+    command += ["--gate-param", "balance=switch", "--gate-param", "top=1", "--batch-size", 4, "--json"]
+    command += ["--learning-rate", 3e-3, "--max-steps", 4]
+    result = xpert(*command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 4
+    written = load_mixture(out)
+    assert (written.keys, written.router, written.name) == (("sums", "words"), "uniform", "pair")
+    plain = json.loads((out / "mixture.json").read_text())
+    assert [expert["ref"] for expert in plain["experts"]] == ["./experts/sums", "./experts/words"]
+    choice = plain["gate"]
+    assert (choice["name"], choice["file"]) == ("softmax-top-k", "./gate.safetensors")
+    assert choice["params"]["balance"] == "switch" and choice["params"]["top"] == 1
+    assert choice["fingerprint"] == hash_file(out / "gate.safetensors")
+    with safe_open(out / "gate.safetensors", framework="pt") as opened:
+        assert json.loads(opened.metadata()["experts"]) == ["sums", "words"]
+        names = set(opened.keys())
+    assert "model.layers.1.mlp.down_proj.router" in names and len(names) == 2 * 6
+
+    before = load_mixture(mixture_file)
+    for old, new in zip(before.experts, written.experts, strict=True):
+        first, second = (load_file(expert.folder / "adapter_model.safetensors") for expert in (old, new))
+        assert first.keys() == second.keys()
+        assert all(first[name].shape == second[name].shape for name in first)
+        assert any(not torch.equal(first[name], second[name]) for name in first)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), new.folder)
+        assert model(torch.arange(3, 30)[None]).logits.isfinite().all()
+        card = ExpertCard.read(new.folder)
+        assert "trained jointly" in card.description and card.profile is None
+        assert card.training["jointly"]["began_as"]["fingerprint"] == old.fingerprint
+        assert card.files == {p.name: hash_file(p) for p in new.folder.iterdir() if p.name != "expert.json"}
+        assert new.routable().exemplars == old.routable().exemplars
+    assert all("router_loss" not in record or record["router_loss"] > 0 for record in _log(out))
+    again = xpert(*command)
+    assert again.exit_code == 0 and "is trained already" in again.stderr
+    assert json.loads(again.stdout) == json.loads(result.stdout)
+
+
+def test_frozen_experts_stay_and_the_router_learns(source: Path, mixture_file: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    out = train_mixture(
+        source,
+        mixture_file,
+        "softmax-top-k",
+        tmp_path / "out",
+        _options(max_steps=3),
+        freeze_experts=True,
+        device="cpu",
+    )
+    for old, new in zip(load_mixture(mixture_file).experts, load_mixture(out).experts, strict=True):
+        first, second = (load_file(expert.folder / "adapter_model.safetensors") for expert in (old, new))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    other = train_mixture(
+        source,
+        mixture_file,
+        "softmax-top-k",
+        tmp_path / "other",
+        _options(max_steps=1),
+        freeze_experts=True,
+        device="cpu",
+    )
+    a, b = load_file(out / "gate.safetensors"), load_file(other / "gate.safetensors")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("gate", "step"), [("softmax-top-k", 4), ("rank-wise", 7), ("random-top-k", 8)])
+def test_a_killed_run_ends_with_the_same_weights(
+    gate: str, step: int, source: Path, mixture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpert.experts.training_callbacks import StepLog
+
+    class Killed(Exception):
+        pass
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+
+    params = PARAMS.get(gate, {})
+    whole = train_mixture(source, mixture_file, gate, tmp_path / "whole", _options(), gate_params=params, device="cpu")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(StepLog, "on_step_end", on_step_end, raising=False)
+        train_mixture(source, mixture_file, gate, tmp_path / "parts", _options(), gate_params=params, device="cpu")
+    assert not (tmp_path / "parts").exists()
+    parts = train_mixture(source, mixture_file, gate, tmp_path / "parts", _options(), gate_params=params, device="cpu")
+    assert _same(whole, parts)
+    assert [r["loss"] for r in _log(whole)] == pytest.approx([r["loss"] for r in _log(parts)], rel=1e-4)
+
+
+def test_checkpoints_hold_what_is_trained_alone(
+    source: Path, mixture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpert.experts import mixture_training as module
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(module, "write_trained_mixture", fail)
+    with pytest.raises(RuntimeError):
+        train_mixture(source, mixture_file, "tree", tmp_path / "out", _options(max_steps=3), device="cpu")
+    (checkpoint,) = tmp_path.glob(".out.training-*/checkpoint-3")
+    assert not list(checkpoint.glob("*model*"))
+    assert (checkpoint / "mixture.safetensors").stat().st_size < 200_000
+    monkeypatch.undo()
+    train_mixture(source, mixture_file, "tree", tmp_path / "out", _options(max_steps=3), device="cpu")
+
+
+def test_rows_of_two_kinds_reach_the_localised_loss(source: Path, mixture_file: Path, tmp_path: Path) -> None:
+    params = {"top": 0, "balance": "localised", "knowledge_skills": "city,colour", "balance_weight": 0.1}
+    out = train_mixture(
+        source, mixture_file, "softmax-top-k", tmp_path / "out", _options(max_steps=3), gate_params=params, device="cpu"
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["config"]["gate_params"]["knowledge_skills"] == ["city", "colour"]
+    with pytest.raises(BadInput, match="no row has a skill among knowledge-skills"):
+        params["knowledge_skills"] = "chess"
+        train_mixture(source, mixture_file, "softmax-top-k", tmp_path / "no", gate_params=params, device="cpu")
+
+
+# ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gate", "arrow"], "gate arrow has no router that is trained for a mixture"),
+        (["--gate", "sofmax-top-k"], "did you mean 'softmax-top-k'"),
+        ([], "--mixture needs --gate"),
+        (["--gate", "top-p", "--gate-param", "q=1"], "unknown parameter 'q'"),
+        (["--gate", "top-p", "--rank", 16], "--rank does not go with --mixture"),
+        (["--gate", "top-p", "--activation-checkpointing"], "does not go with a mixture"),
+        (["--gate", "random-top-k", "--freeze-experts"], "nothing to train"),
+        (["--gate", "shared-experts", "--gate-param", "shared=wods"], "did you mean 'words'"),
+    ],
+)
+def test_mistakes_of_the_user(
+    arguments: list[Any],
+    message: str,
+    source: Path,
+    mixture_file: Path,
+    tmp_path: Path,
+    xpert: Callable[..., Result],
+) -> None:
+    result = xpert("train", source, "--mixture", mixture_file, "-o", tmp_path / "out", "--device", "cpu", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message.lower() in result.stderr.lower()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--base is missing"),
+        (["--base", "x", "--freeze-experts"], "--freeze-experts needs --mixture"),
+        (["--base", "x", "--gate-param", "top=1"], "--gate-param needs --mixture"),
+    ],
+)
+def test_options_of_a_mixture_without_one(
+    arguments: list[Any], message: str, source: Path, tmp_path: Path, xpert: Callable[..., Result]
+) -> None:
+    result = xpert("train", source, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
