@@ -20,7 +20,7 @@ from xpert.config import Config, field_type, read_yaml
 from xpert.errors import BadInput, unknown
 from xpert.progress import SILENT, Progress, StreamProgress
 
-__all__ = ["Session", "common_options", "config_options", "pairs", "take"]
+__all__ = ["Session", "common_options", "config_options", "engine_options", "pairs", "take"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,20 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(Session(seed, device, as_json, quiet), **options)
 
     return wrapped
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --engine and --engine-param, as `engine` and `engine_params`."""
+    command = click.option(
+        "--engine-param",
+        "engine_params",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A parameter of the engine; may be repeated. See `xpert methods NAME --kind engine`.",
+    )(command)
+    return click.option(
+        "--engine", default="torch-lora", show_default=True, metavar="NAME", help="What runs the batches."
+    )(command)
 
 
 _CLICK_TYPES: dict[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}

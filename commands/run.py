@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options, config_options, take
+from xpert.commands.options import Session, common_options, engine_options, pairs
 from xpert.errors import BadInput
-from xpert.experts.engines._bank_options import ResidencyOptions
 
 __all__ = ["command"]
 
@@ -48,7 +47,7 @@ __all__ = ["command"]
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer, and is left out of it; may be repeated.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
-@config_options(ResidencyOptions)
+@engine_options
 @common_options
 def command(
     session: Session,
@@ -59,7 +58,9 @@ def command(
     base: str | None,
     max_batch: int,
     stop: tuple[str, ...],
-    **options: Any,
+    engine: str,
+    engine_params: tuple[str, ...],
+    **sampling: Any,
 ) -> None:
     """Answer prompts with a mixture, in batches of mixed experts.
 
@@ -69,7 +70,7 @@ def command(
     from xpert.data import read_prompts
     from xpert.experts.answering import answer_file
     from xpert.experts.mixture import load_mixture
-    from xpert.experts.serving import MixtureRunner
+    from xpert.experts.serving import EngineChoice, MixtureRunner
     from xpert.protocols import Sampling
     from xpert.registry.store import Registry
     from xpert.storage import check_output
@@ -79,7 +80,8 @@ def command(
     check_output(out)
     if "" in stop:
         raise BadInput("--stop may not be empty")
-    residency = take(ResidencyOptions, options)
+    choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
+    choice.options()
     rows = read_prompts(prompts)
     loaded = load_mixture(mixture, Registry(location) if location is not None else None)
     if base is not None:
@@ -88,15 +90,15 @@ def command(
         loaded,
         rows,
         out,
-        Sampling(stop=stop, seed=session.seed, **options),
+        Sampling(stop=stop, seed=session.seed, **sampling),
         seed=session.seed,
-        storage=() if residency.storage == "native" else (residency.storage, residency.tolerance),
+        engine=choice,
         open_runner=lambda: MixtureRunner.open(
             loaded,
             device=session.device,
             seed=session.seed,
             max_batch=max_batch,
-            residency=residency,
+            engine=choice,
             progress=session.progress,
         ),
         progress=session.progress,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options, config_options, take
+from xpert.commands.options import Session, common_options, engine_options, pairs
 from xpert.errors import BadInput, Unavailable
-from xpert.experts.engines._bank_options import ResidencyOptions
 
 __all__ = ["command"]
 
@@ -27,7 +25,7 @@ GRACE = 30  # seconds that running answers get after Ctrl-C
 )
 @click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the mixture says.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
-@config_options(ResidencyOptions)
+@engine_options
 @common_options
 def command(
     session: Session,
@@ -37,7 +35,8 @@ def command(
     location: str | None,
     base: str | None,
     max_batch: int,
-    **options: Any,
+    engine: str,
+    engine_params: tuple[str, ...],
 ) -> None:
     """Serve a mixture over HTTP, OpenAI-compatible, with a small web page at /.
 
@@ -53,9 +52,11 @@ def command(
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
     from xpert.experts.mixture import load_mixture
-    from xpert.experts.serving import MixtureRunner
+    from xpert.experts.serving import EngineChoice, MixtureRunner
     from xpert.registry.store import Registry
 
+    choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
+    choice.options()
     loaded = load_mixture(mixture, Registry(location) if location is not None else None)
     if base is not None:
         loaded = replace(loaded, base=replace(loaded.base, ref=base))
@@ -65,7 +66,7 @@ def command(
             device=session.device,
             seed=session.seed,
             max_batch=max_batch,
-            residency=take(ResidencyOptions, options),
+            engine=choice,
             progress=session.progress,
         )
         address, bound = listener.getsockname()[:2]

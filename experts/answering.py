@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from xpert.experts.mixture import Mixture
-from xpert.experts.serving import MixtureRunner, Reply
+from xpert.experts.serving import EngineChoice, MixtureRunner, Reply
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Sampling
 from xpert.records import Row
@@ -25,18 +25,18 @@ def answer_file(
     sampling: Sampling,
     *,
     seed: int = 0,
-    storage: Sequence[Any] = (),
+    engine: EngineChoice | None = None,
     open_runner: Callable[[], MixtureRunner],
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
     """Answers `rows` into `out`, one JSON line each in their order, written whole at the end.
 
     Meanwhile finished answers lie in `.NAME.partial` beside it; the same call reads them and answers only the rest.
-    `storage` is the form in which the experts are kept, where that changes answers. `open_runner` loads the models, and
-    is not called where nothing is left to answer.
+    `engine` is the one that `open_runner` opens, since answers may depend on it (on packed experts, for one).
+    `open_runner` loads the models, and is not called where nothing is left to answer.
     """
     check_output(out)
-    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed, *storage])
+    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed, *_engine(engine)])
     partial = out.parent / f".{out.name}.partial"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,10 @@ def _answer(
         _append(journal, {"index": left[position], "reply": found[left[position]]})
 
     # Row i keeps its own seed whether or not the rows before it are answered again.
-    runner.answer([rows[index] for index in left], sampling, progress=progress, finished=finished, numbers=left)
+    try:
+        runner.answer([rows[index] for index in left], sampling, progress=progress, finished=finished, numbers=left)
+    finally:
+        runner.close()
     return found
 
 
@@ -82,6 +85,11 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "router": [mixture.router, dict(mixture.router_params)],
         "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
     }
+
+
+def _engine(engine: EngineChoice | None) -> list[Any]:
+    default = engine is None or engine == EngineChoice()
+    return [] if engine is None or default else [engine.name, dict(engine.params)]
 
 
 def _question(row: Row) -> Mapping[str, Any]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.experts.engines._bank_options import ResidencyOptions
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
@@ -22,11 +21,23 @@ if TYPE_CHECKING:
     from xpert.experts.gate_bias import ExpertCosines
     from xpert.language_model import LanguageModel
 
-__all__ = ["MixtureRunner", "Reply", "gate_cosines", "load_engine", "open_engine", "open_gate"]
+__all__ = ["EngineChoice", "MixtureRunner", "Reply", "gate_cosines", "load_engine", "open_engine", "open_gate"]
 
 ENGINE = "torch-lora"
 GATE = "mixture"
 """The key under which the engine knows the mixture's gate."""
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which engine answers, with its parameters."""
+
+    name: str = ENGINE
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self) -> Any:
+        """Raises BadInput naming an unknown engine or parameter."""
+        return plugins.load("engine", self.name).Options.from_mapping(self.params, where=f"engine {self.name}")
 
 
 @dataclass(frozen=True)
@@ -80,15 +91,19 @@ class MixtureRunner:
         dtype: str = "auto",
         seed: int = 0,
         max_batch: int = 16,
-        residency: ResidencyOptions | None = None,
+        engine: EngineChoice | None = None,
         progress: Progress = SILENT,
     ) -> MixtureRunner:
         """Prepares the router, loads the base model and every expert."""
         router = MixtureRouter(mixture, seed=seed, device=device)
-        lm, engine = load_engine(
-            mixture, device=device, dtype=dtype, max_batch=max_batch, residency=residency, progress=progress
+        lm, opened = load_engine(
+            mixture, device=device, dtype=dtype, max_batch=max_batch, engine=engine, progress=progress
         )
-        return cls(mixture, lm, engine, router)
+        return cls(mixture, lm, opened, router)
+
+    def close(self) -> None:
+        """Lets go of what the engine holds; nothing can be answered after."""
+        self.engine.close()
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         return self.router.route(requests)
@@ -218,26 +233,26 @@ def load_engine(
     device: str,
     dtype: str = "auto",
     max_batch: int,
-    residency: ResidencyOptions | None = None,
+    engine: EngineChoice | None = None,
     progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """The base model of a mixture and an engine that holds all its experts. Errors as in `open_engine`."""
-    lm, engine = open_engine(
+    lm, opened = open_engine(
         mixture.base.ref,
         mixture.base.fingerprint,
         device=device,
         dtype=dtype,
         max_batch=max_batch,
-        residency=residency,
+        engine=engine,
         progress=progress,
     )
     with progress.task("loading experts", total=len(mixture.experts)) as task:
         for expert in mixture.experts:
-            engine.add_expert(expert.key, expert.folder)
+            opened.add_expert(expert.key, expert.folder)
             task.advance(1, expert.key)
     if mixture.gate is not None:
-        engine.add_gate(GATE, open_gate(mixture.gate, lm.device))
-    return lm, engine
+        opened.add_gate(GATE, open_gate(mixture.gate, lm.device))
+    return lm, opened
 
 
 def open_gate(choice: GateChoice, device: Any, engine_keys: Mapping[str, str] | None = None) -> Gate:
@@ -284,7 +299,7 @@ def open_engine(
     device: str,
     dtype: str = "auto",
     max_batch: int,
-    residency: ResidencyOptions | None = None,
+    engine: EngineChoice | None = None,
     progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """A base model and an engine without experts on it.
@@ -293,9 +308,17 @@ def open_engine(
     """
     from xpert.language_model import load_model
 
+    choice = engine or EngineChoice()
+    plugin = plugins.load("engine", choice.name)
+    options = choice.options()
     progress.say(f"loading {base}")
     try:
-        lm = load_model(base, device=device, dtype=dtype, progress=progress)
+        # An engine that runs the model elsewhere reads of it what it needs.
+        lm = (
+            plugin.open_base(base, progress=progress)
+            if hasattr(plugin, "open_base")
+            else load_model(base, device=device, dtype=dtype, progress=progress)
+        )
     except NotFound as error:
         if fingerprint is not None:
             error.hint = "say by --base where the base model lies now"
@@ -306,7 +329,7 @@ def open_engine(
             where=base,
             hint="restore that model, or train the expert again",
         )
-    return lm, plugins.load("engine", ENGINE)(lm, max_batch=max_batch, residency=residency)
+    return lm, plugin(lm, max_batch=max_batch, options=options)
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

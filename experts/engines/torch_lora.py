@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from xpert import plugins
+from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
 from xpert.experts.engines._bank import AdapterBank, ResidencyOptions
 from xpert.experts.engines._continuations import continuation_logprobs
@@ -29,34 +30,42 @@ from xpert.language_model import LanguageModel
 from xpert.protocols import Contrast, Decoder, EngineRequest, Gate, Piece, WeightedExperts
 from xpert.storage import hash_json
 
-__all__ = ["PLUGIN", "TorchEngine"]
+__all__ = ["PLUGIN", "TorchEngine", "TorchOptions"]
+
+
+@dataclass(frozen=True)
+class TorchOptions(ResidencyOptions):
+    """What experts and shared prefixes may take of the device and of the host's memory."""
+
+    prefix_bytes: int = option(
+        256 << 20, "bytes of the device for prompt prefixes that several requests share; 0 keeps none", minimum=0
+    )
 
 
 class TorchEngine:
     """Implements `protocols.Engine` on a `LanguageModel`, whose `model` it leaves unchanged.
 
-    `max_batch` is the number of rows in flight at once: one for each request, two where it is contrasted. `residency`
-    bounds what experts take of the device and of the host's memory, `prefix_bytes` what the keys and values of shared
-    prompt prefixes take of the device's (0: none are kept). Several sessions and threads may share an engine; their
-    passes take turns. While it runs, nobody else may call the same `lm.model`.
+    `max_batch` is the number of rows in flight at once: one for each request, two where it is contrasted. Several
+    sessions and threads may share an engine; their passes take turns. While it runs, nobody else may call the same
+    `lm.model`.
     """
+
+    Options: ClassVar[type[Config]] = TorchOptions
 
     def __init__(
         self,
         lm: LanguageModel,
         *,
         max_batch: int = 16,
-        residency: ResidencyOptions | None = None,
-        prefix_bytes: int = 256 << 20,
+        options: TorchOptions | None = None,
     ) -> None:
         if max_batch < 1:
             raise BadInput(f"max-batch is {max_batch}; the least is 1")
-        if prefix_bytes < 0:
-            raise BadInput(f"prefix-bytes is {prefix_bytes}; the least is 0, which keeps no prefixes")
         self.lm = lm
         self.max_batch = max_batch
-        self._passes = Passes(lm, prefix_bytes=prefix_bytes)
-        self._bank = AdapterBank(lm, residency or ResidencyOptions(), on_evict=self._passes.forget)
+        self.options = options or TorchOptions()
+        self._passes = Passes(lm, prefix_bytes=self.options.prefix_bytes)
+        self._bank = AdapterBank(lm, self.options, on_evict=self._passes.forget)
         self._gates: dict[str, GateEntry] = {}
         self._gates_made = 0
         self._decoders: dict[str, Decoder] = {}
@@ -111,6 +120,10 @@ class TorchEngine:
         with self._lock:
             self._gates_made += 1
             self._gates[key] = GateEntry(key, self._gates_made, gate)
+
+    def close(self) -> None:
+        """Ends the background loading and drops all experts; the base model stays as it is."""
+        self._bank.close()
 
     def session(self) -> Session:
         """A batch to be driven step by step, from a server's thread for one."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from xpert.experts.engines._kv_cache import RowCache
 from xpert.experts.engines._prefixes import BLOCK, PrefixStore
-from xpert.experts.engines.torch_lora import TorchEngine
+from xpert.experts.engines.torch_lora import TorchEngine, TorchOptions
 from xpert.language_model import LanguageModel
 from xpert.protocols import EngineRequest
 
@@ -23,8 +23,8 @@ Ask = Callable[..., EngineRequest]
 LONG = "Answer as the examples do. dog -> DOG; cat -> CAT; bird -> BIRD; fish -> FISH; cow -> COW; bee -> BEE. "
 
 
-def make_engine(lm: LanguageModel, folders: dict[str, Path], **options: Any) -> TorchEngine:
-    engine = TorchEngine(lm, **options)
+def make_engine(lm: LanguageModel, folders: dict[str, Path], *, max_batch: int = 16, **options: Any) -> TorchEngine:
+    engine = TorchEngine(lm, max_batch=max_batch, options=TorchOptions(**options))
     for key, folder in folders.items():
         engine.add_expert(key, folder)
         engine._bank.release(engine._bank.wait([engine._bank.resolve(key)]))

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from xpert.errors import BadInput, Corrupt
 from xpert.experts.engines import _bank
-from xpert.experts.engines._bank import ResidencyOptions
-from xpert.experts.engines.torch_lora import TorchEngine
+from xpert.experts.engines.torch_lora import TorchEngine, TorchOptions
 from xpert.language_model import LanguageModel
 from xpert.protocols import Contrast, EngineRequest
 
@@ -26,7 +25,7 @@ SETS: list[Any] = [(), (("a", 1.0),), (("b", 0.5), ("c", 0.5)), (("d", 1.0),), (
 
 
 def make_engine(lm: LanguageModel, folders: dict[str, Path], *, max_batch: int = 4, **limits: Any) -> TorchEngine:
-    engine = TorchEngine(lm, max_batch=max_batch, residency=ResidencyOptions(**limits))
+    engine = TorchEngine(lm, max_batch=max_batch, options=TorchOptions(**limits))
     for key, folder in folders.items():
         engine.add_expert(key, folder)
     return engine
