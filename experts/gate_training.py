@@ -19,7 +19,6 @@ from xpert.answer_losses import refuse_nan
 from xpert.errors import BadInput
 from xpert.experts.adapters import LowRank
 from xpert.experts.gate_options import GateOptions
-from xpert.linear_capture import length_batches, make_batch, row_losses
 from xpert.progress import SILENT, Progress
 from xpert.protocols import LowRankUpdate
 from xpert.records import Row
@@ -88,6 +87,8 @@ def average_activations(
     passed over; raises BadInput where all are so. Cost: one forward pass over those prompts. Source: mttl, the
     baseline of Ostapenko et al. 2024, arXiv:2405.11157.
     """
+    from xpert.linear_capture import length_batches, make_batch
+
     prompts = [tuple(ids[:start]) for ids, start in examples if start > 0][:count]
     if not prompts:
         raise BadInput("no row has a prompt, whose last token would be measured")
@@ -166,6 +167,8 @@ def _adding(sums: Mapping[str, Tensor], last: Tensor) -> Callable[[str, Tensor],
 
 def _backward(model: Any, examples: Sequence[Example], rows: Sequence[Row]) -> float:
     """Adds the gradients of the mean loss over the answer tokens, in passes of like length; gives that loss."""
+    from xpert.linear_capture import length_batches, make_batch, row_losses
+
     tokens = sum(len(ids) - max(first, 1) for ids, first in examples)
     total = 0.0
     for part in length_batches([len(ids) for ids, _ in examples], _BATCH_TOKENS):
