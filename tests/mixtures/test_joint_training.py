@@ -143,9 +143,17 @@ def test_frozen_experts_stay_and_the_router_learns(source: Path, mixture_file: P
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("gate", "step"), [("softmax-top-k", 4), ("rank-wise", 7), ("random-top-k", 8)])
+@pytest.mark.parametrize(
+    ("gate", "step", "accumulation"), [("softmax-top-k", 4, 2), ("rank-wise", 7, 1), ("random-top-k", 8, 1)]
+)
 def test_a_killed_run_ends_with_the_same_weights(
-    gate: str, step: int, source: Path, mixture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gate: str,
+    step: int,
+    accumulation: int,
+    source: Path,
+    mixture_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from xpert.experts.training_callbacks import StepLog
 
@@ -156,13 +164,13 @@ def test_a_killed_run_ends_with_the_same_weights(
         if state.global_step == step:
             raise Killed
 
-    params = PARAMS.get(gate, {})
-    whole = train_mixture(source, mixture_file, gate, tmp_path / "whole", _options(), gate_params=params, device="cpu")
+    params, options = PARAMS.get(gate, {}), _options(gradient_accumulation=accumulation)
+    whole = train_mixture(source, mixture_file, gate, tmp_path / "whole", options, gate_params=params, device="cpu")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(StepLog, "on_step_end", on_step_end, raising=False)
-        train_mixture(source, mixture_file, gate, tmp_path / "parts", _options(), gate_params=params, device="cpu")
+        train_mixture(source, mixture_file, gate, tmp_path / "parts", options, gate_params=params, device="cpu")
     assert not (tmp_path / "parts").exists()
-    parts = train_mixture(source, mixture_file, gate, tmp_path / "parts", _options(), gate_params=params, device="cpu")
+    parts = train_mixture(source, mixture_file, gate, tmp_path / "parts", options, gate_params=params, device="cpu")
     assert _same(whole, parts)
     assert [r["loss"] for r in _log(whole)] == pytest.approx([r["loss"] for r in _log(parts)], rel=1e-4)
 
