@@ -122,6 +122,8 @@ def train_together(
         f"{folder}: {figures['rows']:,} rows, {figures['steps']:,} steps, loss {figures['first_loss']:.3f} -> "
         f"{figures['final_loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s"
     )
+    if "validation_loss" in figures:
+        text += f", held-out shots {figures['validation_loss_before']:.3f} -> {figures['validation_loss']:.3f}"
     session.result({"mixture": str(folder), **figures}, text)
 
 

@@ -116,6 +116,8 @@ def _check(options: TrainOptions) -> None:
 def _tell(mixture: Mixture, out: Path, key: str, progress: Progress) -> None:
     for other in other_work(out, key):
         progress.say(f"Another configuration's unfinished work is kept in {other} until this mixture is done.")
+    if mixture.gate is not None:
+        progress.say(f"The mixture's gate {mixture.gate.name} is replaced; the new router begins untrained.")
     weighted = [expert.key for expert in mixture.experts if expert.weight != 1]
     if weighted:
         progress.say(f"Experts are trained, and then served, at weight 1: {', '.join(weighted)} had others.")

@@ -15,7 +15,7 @@ from typing import Any
 from xpert.experts.adapters import CONFIG_FILE, WEIGHTS_FILE
 from xpert.experts.expert_folder import Trained, model_card, settle_adapter_config
 from xpert.experts.expert_report import LOG_FILE, write_expert_report
-from xpert.experts.mixture import MIXTURE_FILE, Mixture, MixtureExpert
+from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert
 from xpert.experts.training_data import licences_of
 from xpert.registry.card import EXEMPLARS_FILE, ExpertCard
 from xpert.storage import draft_folder, hash_file, package_versions, write_file, write_json, write_manifest
@@ -48,14 +48,9 @@ def write_trained_mixture(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gate.tensors.items()}
         save_file(tensors, draft / GATE_FILE, metadata={"experts": json.dumps(list(gate.experts))})
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        written = replace(mixture, experts=tuple(members), registry=None, created=created)
-        choice = {
-            "name": gate.name,
-            "params": gate.options.to_dict(),
-            "file": f"./{GATE_FILE}",
-            "fingerprint": hash_file(draft / GATE_FILE),
-        }
-        write_json(draft / MIXTURE_FILE, written.to_dict(anchor=out.resolve()) | {"gate": choice})
+        choice = GateChoice(gate.name, gate.options.to_dict(), out.resolve() / GATE_FILE, hash_file(draft / GATE_FILE))
+        written = replace(mixture, experts=tuple(members), registry=None, created=created, gate=choice)
+        write_json(draft / MIXTURE_FILE, written.to_dict(anchor=out.resolve()))
         write_file(draft / LOG_FILE, log)
         write_manifest(draft, KIND, inputs=inputs, config=config, seed=trained.seed, figures=trained.figures())
 

@@ -8,7 +8,7 @@ This module imports torch; it is itself imported only once training begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ class JointModel:
         if freeze_experts and not any(tensor.requires_grad for tensor in gate.tensors.values()):
             raise BadInput(f"gate {gate.name} has nothing to train, and the experts are frozen")
         self._hidden: dict[str, torch.Tensor] = {}
-        self._routings: dict[tuple[str, tuple[int, ...]], Routing] = {}
-        self._decides: dict[str, tuple[tuple[str, tuple[int, ...]], Decide]] = {}
+        self._routings: dict[str, Routing] = {}
+        self._decides: dict[str, tuple[int, Decide]] = {}
         self._install(widths, dropout)
 
     def _update(self, part: tuple[torch.Tensor, torch.Tensor, float], device: torch.device) -> JointUpdate:
@@ -100,15 +100,16 @@ class JointModel:
         adapted = [name for name in widths if any(name in expert.modules for expert in self.experts)]
         read = set()
         for name in adapted:
-            members = [expert for expert in self.experts if name in expert.modules]
-            places = tuple(place for place, expert in enumerate(self.experts) if name in expert.modules)
             site = self.gate.site(name)
             if site != name:
                 read.add(site)
-            self._decides[name] = (site, places), self.gate.decide(name, members)
+            held = [expert for expert in self.experts if self.gate.holds(expert, site)]
+            if site not in self._decides:
+                self._decides[site] = len(held), self.gate.decide(site, held)
+            updates = {place: e.modules[name] for place, e in enumerate(held) if name in e.modules}
             parent, _, last = name.rpartition(".")
             layer = JointLinear(
-                name, self.model.get_submodule(name), [e.modules[name] for e in members], self.weights, dropout
+                name, self.model.get_submodule(name), updates, self.weights, dropout, self.gate.grain == "rank"
             )
             layer.train(self.model.training)
             setattr(self.model.get_submodule(parent), last, layer)
@@ -130,14 +131,15 @@ class JointModel:
         return keep
 
     def weights(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, tokens, e or R] of the experts that adapt `name`; a site decides once a pass."""
-        key, decide = self._decides[name]
-        if key not in self._routings:
-            hidden = x if key[0] == name else self._hidden[key[0]]
-            allowed = torch.ones(len(hidden), 1, len(key[1]), dtype=torch.bool, device=hidden.device)
+        """float32 [rows, tokens, e or R] of the experts that the site of `name` has; it decides once a pass."""
+        site = self.gate.site(name)
+        if site not in self._routings:
+            hidden = x if site == name else self._hidden[site]
+            experts, decide = self._decides[site]
+            allowed = torch.ones(len(hidden), 1, experts, dtype=torch.bool, device=hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
-                self._routings[key] = decide(hidden, allowed, None)
-        return self._routings[key].weights
+                self._routings[site] = decide(hidden, allowed, None)
+        return self._routings[site].weights
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,7 +152,7 @@ class JointModel:
     def observe(self, mask: torch.Tensor) -> None:
         """Tells the gate how the pass just made was routed."""
         with torch.no_grad():
-            for (site, _), routing in self._routings.items():
+            for site, routing in self._routings.items():
                 self.gate.observe(site, routing, mask)
 
     def trained(self) -> dict[str, torch.Tensor]:
@@ -175,7 +177,10 @@ class JointModel:
 
 
 class JointLinear(nn.Module):
-    """A linear layer with several updates. One dropout mask for all of them, as in LoRAMoE."""
+    """A linear layer with several updates, by place among the experts its gate weighs (`by_rank`: their ranks).
+
+    One dropout mask for all of them, as in LoRAMoE.
+    """
 
     _expert_of: torch.Tensor
     _scale: torch.Tensor
@@ -184,19 +189,19 @@ class JointLinear(nn.Module):
         self,
         name: str,
         base: nn.Module,
-        updates: Sequence[JointUpdate],
+        updates: Mapping[int, JointUpdate],
         weights: Callable[[str, torch.Tensor], torch.Tensor],
         dropout: float,
+        by_rank: bool,
     ) -> None:
         super().__init__()
-        self.name, self.base, self.dropout = name, base, dropout
-        self.a = nn.ParameterList([update.a for update in updates])
-        self.b = nn.ParameterList([update.b for update in updates])
+        self.name, self.base, self.dropout, self.by_rank = name, base, dropout, by_rank
+        self.a = nn.ParameterList([update.a for update in updates.values()])
+        self.b = nn.ParameterList([update.b for update in updates.values()])
         self._weights = weights
-        ranks = [update.rank for update in updates]
-        place = [index for index, rank in enumerate(ranks) for _ in range(rank)]
-        scale = [update.scale for update in updates for _ in range(update.rank)]
-        device = updates[0].a.device
+        place = [place for place, update in updates.items() for _ in range(update.rank)]
+        scale = [update.scale for update in updates.values() for _ in range(update.rank)]
+        device = self.a[0].device
         self.register_buffer("_expert_of", torch.tensor(place, device=device), persistent=False)
         self.register_buffer("_scale", torch.tensor(scale, device=device), persistent=False)
 
@@ -208,7 +213,7 @@ class JointLinear(nn.Module):
                 hint="use experts without that module among their target_modules",
             )
         weights = self._weights(self.name, x)
-        if weights.shape[-1] != len(self._scale):  # per expert, not per rank
+        if not self.by_rank:
             weights = weights[..., self._expert_of]
         a, b = torch.cat(list(self.a)), torch.cat(list(self.b), dim=1)
         inputs = functional.dropout(x.to(a.dtype), self.dropout, self.training)

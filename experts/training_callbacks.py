@@ -67,6 +67,7 @@ class StepLog(TrainerCallback):
                     "tokens": self.spent.tokens,
                     "supervised_tokens": self.spent.supervised,
                     "seconds": round(self.spent.seconds, 3),
+                    **({"router_loss": logs["router_loss"]} if "router_loss" in logs else {}),
                 }
             )
             rate = (self.spent.tokens - self.before.tokens) / max(self.spent.seconds - self.before.seconds, 1e-9)

@@ -93,8 +93,13 @@ class LearnedGate:
 
     def at(self, module: str, experts: Sequence[GatedExpert]) -> ModuleGate:
         """The gate of one module; raises BadInput for an expert or a module that the router was not trained for."""
+        import torch
+
         decide = self.decide(module, experts)
-        return lambda hidden, allowed, bias: decide(hidden, allowed, bias).weights
+        if module == self.site(module) or all(module in expert.modules for expert in experts):
+            return lambda hidden, allowed, bias: decide(hidden, allowed, bias).weights
+        has = torch.tensor([module in expert.modules for expert in experts], device=device_of(experts))
+        return lambda hidden, allowed, bias: decide(hidden, allowed, bias).weights * has
 
     def decide(self, module: str, experts: Sequence[GatedExpert]) -> Decide:
         """As `at`, with the probabilities and choices that losses are made of."""
@@ -106,14 +111,24 @@ class LearnedGate:
     def _decide_here(self, module: str, columns: tuple[int, ...], experts: Sequence[GatedExpert]) -> Decide:
         import torch
 
-        has = [module in expert.modules for expert in experts]
-        if not any(has):
+        held = [self.holds(expert, module) for expert in experts]
+        if not any(held):
             return nowhere(columns)
         inner = self._decide(module, columns, experts)
-        if all(has):
+        if all(held):
             return inner
-        mask = torch.tensor(has, device=device_of(experts))
+        mask = torch.tensor(held, device=device_of(experts))
         return lambda hidden, allowed, bias: inner(hidden, allowed & mask, bias)
+
+    def holds(self, expert: GatedExpert, module: str) -> bool:
+        """Whether `module`'s site has this expert to choose: it changes a layer that the site decides for.
+
+        A block is decided as one: an expert that lacks one of its layers may be chosen, and then does nothing there.
+        """
+        site = self.site(module)
+        parent, dot, _ = site.rpartition(".")
+        beside = [f"{parent}{dot}{name}" for name in sorted(_FEED_FORWARD)] if self._by_block() else []
+        return site in expert.modules or any(name in expert.modules and self.site(name) == site for name in beside)
 
     def _decide(self, module: str, columns: tuple[int, ...], experts: Sequence[GatedExpert]) -> Decide:
         raise NotImplementedError
@@ -140,11 +155,14 @@ class LearnedGate:
 
     def _site(self, module: str, known: Callable[[str], bool]) -> str:
         parent, dot, last = module.rpartition(".")
-        if getattr(self.options, "per", "layer") == "block" and last in _FEED_FORWARD:
+        if self._by_block() and last in _FEED_FORWARD:
             for entry in _ENTRIES:
                 if known(f"{parent}{dot}{entry}"):
                     return f"{parent}{dot}{entry}"
         return module
+
+    def _by_block(self) -> bool:
+        return bool(getattr(self.options, "per", "layer") == "block")
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,12 +14,19 @@ ROWS, TOKENS = 5, 3
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 
 # What is tried besides the defaults, per gate, and what a gate cannot do without.
-NEEDED: dict[str, dict[str, Any]] = {"shared-experts": {"shared": "b"}}
+NEEDED: dict[str, dict[str, Any]] = {"shared-experts": {"shared": "a"}}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "arrow": [{"top": 1}, {"top": 0, "temperature": 0.5}],
     "phatgoose": [{"top": 1}, {"top": 3}],
     "average-activation": [{"top": 2, "temperature": 4.0}],
     "glider": [{"top_p": 0.6}, {"alpha": 100.0}],
+    "softmax-top-k": [{"top": 0}, {"top": 1, "per": "block"}],
+    "top-p": [{"p": 0.0}, {"p": 1.0}],
+    "null-experts": [{"top": 1}, {"nulls": 1}],
+    "shared-experts": [{"renormalise": False}],
+    "rank-wise": [{"weigh": "sigmoid"}, {"top": 3}],
+    "tree": [{"band": 8.0, "trees": 3}],
+    "random-top-k": [{"top": 2}],
     "switches": [{"modules": ("q_proj",)}, {"layers": ("0",)}],
 }
 SUMS_TO_ONE = {"arrow", "phatgoose", "average-activation", "glider", "softmax-top-k", "top-p", "random-top-k", "tree"}

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from xpert import plugins
 from xpert.experts.adapters import read_adapter, read_parts
+from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.experts.mixture_training_layers import JointModel
 from xpert.language_model import LanguageModel, load_model
+from xpert.protocols import EngineRequest
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -44,7 +46,10 @@ def test_routers_of_zeros_give_half_of_each(ready: dict[str, Path], lm: Language
             layer = base.model.get_submodule(name)
             layer.weight += sum(part.b @ part.a for part in members) / len(members)
         assert torch.allclose(found, base.model(IDS).logits, atol=1e-5)
-    assert {len(key[1]) for key in joint._routings} == {1, 2}  # a module of one expert is that expert's own
+    assert {routing.weights.shape[-1] for routing in joint._routings.values()} == {
+        1,
+        2,
+    }  # a module of one expert is that expert's own
 
 
 @pytest.mark.parametrize("name", ["rank-wise", "tree", "null-experts"])
@@ -88,3 +93,39 @@ def test_gradients_reach_experts_and_routers_and_not_the_base(ready: dict[str, P
     sites = set(joint.gate.tensors)
     assert "model.layers.0.mlp.gate_proj.router" in sites
     assert "model.layers.0.mlp.down_proj.router" not in sites
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("softmax-top-k", {"per": "block", "top": 1}),
+        ("top-p", {}),
+        ("null-experts", {"nulls": 2, "top": 2, "per": "block"}),
+        ("shared-experts", {"shared": ("words",)}),
+        ("rank-wise", {"top": 3}),
+        ("tree", {"band": 0.5}),
+        ("random-top-k", {"top": 1, "per": "block"}),
+    ],
+)
+def test_the_engine_serves_what_was_trained(
+    name: str, options: dict[str, Any], ready: dict[str, Path], lm: LanguageModel, tiny_base: Path
+) -> None:
+    """`words` lacks gate_proj and `sums` o_proj: blocks are decided as one, by the same experts, on both sides."""
+    joint = _joint(lm, ready, name, **options)
+    generator = torch.Generator().manual_seed(3)
+    for tensor in joint.gate.tensors.values():
+        if tensor.is_floating_point():
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
+    kind = plugins.load("gate", name)
+    tensors = {key: tensor.detach().clone().float() for key, tensor in joint.gate.tensors.items()}
+    served = kind(kind.Options.from_mapping(options), tensors=tensors, experts=tuple(ready))
+    engine = TorchEngine(load_model(str(tiny_base), device="cpu"))
+    for key, folder in ready.items():
+        engine.add_expert(key, folder)
+    engine.add_gate("g", served)
+    weighted = tuple((key, 1.0) for key in ready)
+    requests = [EngineRequest(f"r{i}", tuple(IDS[i, :9].tolist()), weighted, gate="g") for i in range(2)]
+    found = engine.continuation_logprobs(requests, [tuple(row[9:].tolist()) for row in IDS])
+    with torch.no_grad():
+        expected = lm.model(IDS).logits.log_softmax(-1)[:, 8:-1].gather(-1, IDS[:, 9:, None])[..., 0]
+    assert torch.allclose(torch.tensor(found), expected, atol=1e-4)

@@ -328,6 +328,17 @@ def test_the_bias_moves_the_load_towards_its_mean() -> None:
     assert max(spreads[-20:]) < spreads[0] / 3
 
 
+def test_a_block_is_decided_as_one_and_who_lacks_a_layer_does_nothing_there() -> None:
+    members = experts(2, 2, modules=(MODULE, f"{BLOCK}.up_proj"))
+    del members[1].modules[f"{BLOCK}.up_proj"]
+    made = gate("softmax-top-k", members, per="block")
+    allowed = torch.ones(3, 1, 2, dtype=torch.bool)
+    site = made.at(MODULE, members)(states(), allowed, None)
+    assert (site > 0).all()
+    up = made.at(f"{BLOCK}.up_proj", members)(states(), allowed, None)
+    assert torch.equal(up, site * torch.tensor([1.0, 0.0]))
+
+
 # ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
