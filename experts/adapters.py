@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from xpert.language_model import LanguageModel
 
-__all__ = ["GATES_FILE", "Adapter", "LowRank", "read_adapter"]
+__all__ = ["GATES_FILE", "Adapter", "LowRank", "read_adapter", "read_updates"]
 
 GATES_FILE = "gates.safetensors"
 """What token gates keep of an expert in its folder: "GATE.MODULE" -> tensor."""
@@ -100,6 +100,29 @@ def read_adapter(key: str, folder: Path, base: LanguageModel) -> Adapter:
     if not modules:
         raise Corrupt("the adapter has no LoRA weights", where=str(weights))
     return Adapter(key, _fingerprint(folder, config), modules, _read_gates(folder, base))
+
+
+def read_updates(folder: Path) -> dict[str, LowRank]:
+    """The adapter's updates by module, in float32 on the CPU, for work that needs no base model; errors as above.
+
+    Whether they fit a base is not known here: that is told by the expert's card.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    where = str(folder / WEIGHTS_FILE)
+    updates = {}
+    for name, pair in sorted(_pair(_read_weights(folder), where=where).items()):
+        a, b = pair["A"].float(), pair["B"].float()
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise Corrupt(f"{name} has A {list(a.shape)} and B {list(b.shape)}, which do not fit together", where=where)
+        if a.shape[0] == 0:
+            raise Corrupt(f"{name} has rank zero", where=where)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
+        updates[name] = LowRank(a, b * _scale(name, a.shape[0], config))
+    if not updates:
+        raise Corrupt("the adapter has no LoRA weights", where=where)
+    return updates
 
 
 def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
