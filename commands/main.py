@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("profiling", "Score an expert and its base per skill."),
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),
     "mix": ("mix", "Assemble a mixture of experts behind a router."),
+    "merge": ("merge", "Merge weighted experts into one adapter, and tell its error."),
     "route": ("route", "Explain where a mixture sends each prompt."),
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),

@@ -37,9 +37,9 @@ class Grouped:
     """Groups by cosine, of the changes (r x r traces) or of the routing columns, and merges each group.
 
     A group's adapter is the mean of its members weighed by usage (their share of a routing's draws, or their weights
-    where no routing is given); exact, or the nearest of a rank. MC-SMoE's alignment of hidden units is not needed, since
-    changes B A are merged and not factors. `how=linkage` with `by=routing` groups by router scores on a task's prompts as
-    UNCURL does, which clusters spectrally.
+    where no routing is given); exact, or the nearest of a rank. MC-SMoE's alignment of hidden units is not needed:
+    changes B A are merged, not factors. `how=linkage` with `by=routing` groups by router scores on a task's prompts,
+    as UNCURL does, which clusters spectrally.
     """
 
     Options = GroupedOptions

@@ -35,7 +35,7 @@ class Ties:
     """Trim, elect sign, disjoint merge, on the changes B A module by module (not on A and B apart, as peft's `ties`).
 
     Of each expert's change the `density` largest entries by size stay (equal ones by lowest index); each entry's sign
-    is elected by the weighted sum; the agreeing changes are averaged by weight, so that weights that sum to one give the
+    is elected by the weighted sum; the agreeing changes are averaged by weight, so that weights of sum one give the
     paper's merge. Factorised back to `rank`, by default the sum of the experts' ranks.
     """
 
