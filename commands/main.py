@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),
     "mix": ("mix", "Assemble a mixture of experts behind a router."),
     "merge": ("merge", "Merge weighted experts into one adapter, and tell its error."),
+    "prune": ("prune", "Make a mixture smaller by usage, or by likeness on a task."),
+    "distil": ("distil", "Teach one adapter what a mixture, or weighted experts, would answer."),
     "route": ("route", "Explain where a mixture sends each prompt."),
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),
