@@ -55,7 +55,6 @@ def command(
     Tells each method's relative error against the exact weighted sum of the changes. Without -o nothing is written.
     Without any WEIGHT, all weights are equal (or the mixture's) and sum to one.
     """
-    from xpert.data import read_shots
     from xpert.experts.merge_runs import compare, run_merge
     from xpert.experts.merge_sources import read_sources
     from xpert.registry.store import Registry
@@ -66,7 +65,7 @@ def command(
     sources = read_sources(experts, Registry(location) if location is not None else None)
     given: dict[str, Any] = {
         "rank": rank,
-        "shots": read_shots(shots) if shots is not None else None,
+        "shots": shots,
         "usage": usage,
         "base": base,
         "seed": session.seed,

@@ -8,6 +8,7 @@ Meta-DMoE (arXiv:2210.03885), which distils a mixture of domain experts into one
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ import torch
 from xpert.chat_form import encode_examples
 from xpert.errors import BadInput
 from xpert.experts.adapters import Adapter, LowRank, read_adapter
+from xpert.experts.distil_options import DistilOptions
 from xpert.experts.engines._lora_layers import applied
 from xpert.experts.engines._lora_plan import COSTS, Planner, RowExperts, row_order
-from xpert.experts.distil_options import DistilOptions
 from xpert.experts.merge_folder import adapter_config, write_merged_expert
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import MergeResult, measure, merge
@@ -197,13 +198,14 @@ def _teach(student: _Student, lessons: Sequence[_Lesson], options: DistilOptions
             for batch in _batches([lessons[index] for index in order], options.batch_size):
                 divergence, entropy, tokens = student.loss(batch)
                 loss = (options.temperature**2 * divergence + options.ce * entropy) / tokens
-                if not torch.isfinite(loss):
-                    raise BadInput(f"the loss is {float(loss)} at step {steps + 1}", hint="lower --learning-rate")
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise BadInput(f"the loss is {value} at step {steps + 1}", hint="lower --learning-rate")
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 steps += 1
-                task.advance(1, f"loss {float(loss):.4f}")
+                task.advance(1, f"loss {value:.4f}")
     return steps
 
 

@@ -188,7 +188,7 @@ def _card(
             ],
             "error": result.error.to_dict(),
             "log": dict(result.merged.log),
-            "figures": {"seconds": round(result.seconds, 3), "merged_parameters": result.parameters},
+            "merge": {"seconds": round(result.seconds, 3), "parameters": result.parameters},
             "versions": package_versions(),
         },
         licences=dict(licences.most_common()),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xpert import plugins
+from xpert.data import read_shots
 from xpert.errors import BadInput, unknown
 from xpert.experts.merge_folder import write_merge
 from xpert.experts.merge_sources import MergeSources, shots_loss
@@ -14,7 +15,6 @@ from xpert.experts.merging import MergeResult, merge, merger_options
 from xpert.experts.usage import read_usage
 from xpert.progress import SILENT, Progress
 from xpert.protocols import MergeTask
-from xpert.records import Shots
 from xpert.storage import check_output
 
 __all__ = ["compare", "run_merge"]
@@ -29,7 +29,7 @@ def run_merge(
     *,
     out: Path,
     rank: int | None = None,
-    shots: Shots | None = None,
+    shots: Path | None = None,
     usage: Path | None = None,
     base: str | None = None,
     seed: int = 0,
@@ -51,7 +51,7 @@ def compare(
     params: Mapping[str, Any] | None = None,
     *,
     rank: int | None = None,
-    shots: Shots | None = None,
+    shots: Path | None = None,
     usage: Path | None = None,
     base: str | None = None,
     seed: int = 0,
@@ -91,7 +91,7 @@ def _task(
     sources: MergeSources,
     methods: Sequence[str],
     rank: int | None,
-    shots: Shots | None,
+    shots: Path | None,
     usage: Path | None,
     base: str | None,
     seed: int,
@@ -110,6 +110,7 @@ def _task(
     if shots is not None:
         from xpert.experts.serving import open_engine
 
+        examples = read_shots(shots)
         lm, engine = open_engine(
             base or sources.base.ref,
             sources.base.fingerprint,
@@ -119,7 +120,7 @@ def _task(
         )
         for expert in sources.experts:
             engine.add_expert(expert.key, expert.folder)
-        more["loss"] = shots_loss(lm, engine, sources.keys, shots)
+        more["loss"] = shots_loss(lm, engine, sources.keys, examples)
     return sources.task(rank=rank, seed=seed, **more)
 
 

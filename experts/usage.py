@@ -64,7 +64,9 @@ def read_usage(path: Path, keys: Sequence[str]) -> Usage:
 
 def _checked(line: Any) -> dict[str, list[dict[str, Any]]]:
     def numbers(name: str, field: str) -> list[dict[str, Any]]:
-        found = [{"expert": str(one["expert"]), field: float(one[field])} for one in line.get(name, ())]
+        found: list[dict[str, Any]] = [
+            {"expert": str(one["expert"]), field: float(one[field])} for one in line.get(name, ())
+        ]
         if not all(math.isfinite(one[field]) for one in found):
             raise ValueError(name)
         return found

@@ -209,7 +209,7 @@ def test_a_student_comes_nearer_to_its_teachers(
     from xpert.experts.distilling import distil
 
     sources = read_sources([f"{experts['a']}=0.6", f"{experts['b']}=0.4"])
-    options = DistilOptions(rank=4, start=start, learning_rate=5e-3, epochs=2, batch_size=8)
+    options = DistilOptions(rank=4, start=start, learning_rate=1e-2, epochs=4, batch_size=8)
     found = [distil(sources, rows[:40], tmp_path / name, options, device="cpu") for name in ("one", "two")]
     log = found[0].merged.log
     assert log["kl"] < 0.9 * log["kl_before"] and log["measured_rows"] == 4
