@@ -62,6 +62,13 @@ def relative(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor
     return apart / math.hypot(*(value.norm().item() for value in exact.values()))
 
 
+def cosine(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> float:
+    """Between the changes as long vectors: how near a merge is but for its length."""
+    product = sum((found[name] * exact[name]).sum().item() for name in exact)
+    sizes = [math.hypot(*(value.norm().item() for value in one.values())) for one in (found, exact)]
+    return product / (sizes[0] * sizes[1])
+
+
 def dense(updates: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: update.b.double() @ update.a.double() for name, update in updates.items()}
 
@@ -126,8 +133,11 @@ def main() -> None:
         rows = [("xpert", *item) for item in of_xpert(paths, weights, options.rank).items()]
         model = base(options.width, options.layers)
         rows += [("peft", *item) for item in of_peft(paths, weights, options.rank, model).items()]
-    lines = ["| by | method | error | CPU s |", "|---|---|---|---|"]
-    lines += [f"| {by} | `{name}` | {relative(found, exact):.2g} | {cpu:.2f} |" for by, name, (found, cpu) in rows]
+    lines = ["| by | method | error | cosine | CPU s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {by} | `{name}` | {relative(found, exact):.2g} | {cosine(found, exact):.3f} | {cpu:.2f} |"
+        for by, name, (found, cpu) in rows
+    ]
     text = "\n".join(
         [
             "# Merging beside peft's add_weighted_adapter",
@@ -139,6 +149,11 @@ def main() -> None:
             f"types at rank {options.rank}. The error is relative to the exact sum; CPU seconds on one thread.",
             "",
             *lines,
+            "",
+            "TIES and DARE do not aim at the sum: their error says what they leave of it, and the cosine leaves out how",
+            "long they are. With weights of sum one, xpert's `ties` is the paper's mean of the agreeing changes; peft's",
+            "multiplies by the weights and then divides by how many agree, which is shorter. `linear`, `ties`,",
+            "`dare_linear` and `dare_ties` of peft merge A and B apart.",
             "",
         ]
     )

@@ -56,7 +56,7 @@ def task() -> MergeTask:
 def planted_loss(weights: Any) -> float:
     """Least where the experts weigh 0.8, -0.3 and 0 for all others (in the order given)."""
     wanted = [0.8, -0.3, *[0.0] * (len(weights) - 2)][: len(weights)]
-    return 1.0 + sum((weight - best) ** 2 for weight, best in zip(weights, wanted, strict=True))
+    return 1.0 + float(sum((weight - best) ** 2 for weight, best in zip(weights, wanted, strict=True)))
 
 
 def dense(update: LowRankUpdate | None, like: torch.Tensor | None = None) -> torch.Tensor:
