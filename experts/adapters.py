@@ -33,6 +33,7 @@ __all__ = [
     "read_adapter",
     "read_gates_file",
     "read_parts",
+    "read_updates",
 ]
 
 GATES_FILE = "gates.safetensors"
@@ -129,6 +130,29 @@ def read_parts(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, floa
         )
         for name, pair in pairs.items()
     }
+
+
+def read_updates(folder: Path) -> dict[str, LowRank]:
+    """The adapter's updates by module, in float32 on the CPU, for work that needs no base model; errors as above.
+
+    Whether they fit a base is not known here: that is told by the expert's card.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    where = str(folder / WEIGHTS_FILE)
+    updates = {}
+    for name, pair in sorted(_pair(_read_weights(folder)[0], where=where).items()):
+        a, b = pair["A"].float(), pair["B"].float()
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise Corrupt(f"{name} has A {list(a.shape)} and B {list(b.shape)}, which do not fit together", where=where)
+        if a.shape[0] == 0:
+            raise Corrupt(f"{name} has rank zero", where=where)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
+        updates[name] = LowRank(a, b * _scale(name, a.shape[0], config, where=str(folder)))
+    if not updates:
+        raise Corrupt("the adapter has no LoRA weights", where=where)
+    return updates
 
 
 def read_gates_file(path: Path) -> dict[str, torch.Tensor]:

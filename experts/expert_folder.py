@@ -148,7 +148,7 @@ def model_card(card: ExpertCard, *, on_hub: bool) -> str:
     """A model card as the Hugging Face Hub reads it."""
     import yaml
 
-    figures = card.training["figures"]
+    figures = card.training.get("figures", {})
     head: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -162,12 +162,19 @@ def model_card(card: ExpertCard, *, on_hub: bool) -> str:
     rows = [
         ("base model", f"{base} (`{card.base.fingerprint[:12]}`)"),
         ("skills", ", ".join(card.skills) or "not stated"),
-        ("rows", f"{figures['rows']:,}, of them {figures['shots']} shots"),
         ("licences of the rows", licences),
-        ("steps, tokens", f"{figures['steps']:,}, {figures['tokens']:,} ({figures['supervised_tokens']:,} of answers)"),
         ("adapter", f"rank {card.adapter['rank']}, alpha {card.adapter['alpha']}"),
-        ("loss", f"{figures['first_loss']:.3f} at first, {figures['final_loss']:.3f} at last"),
     ]
+    if "error" in card.training:  # merged, not trained
+        members = ", ".join(f"{member['key']} ({member['weight']:.4g})" for member in card.training["experts"])
+        error = card.training["error"]["total"]
+        rows.append(("merged of (weight)", members))
+        rows.append(("relative error against the weighted sum", "undefined" if error is None else f"{error:.3g}"))
+    if "rows" in figures:
+        rows.insert(2, ("rows", f"{figures['rows']:,}, of them {figures['shots']} shots"))
+        supervised = f"{figures['supervised_tokens']:,} of answers"
+        rows.insert(4, ("steps, tokens", f"{figures['steps']:,}, {figures['tokens']:,} ({supervised})"))
+        rows.append(("loss", f"{figures['first_loss']:.3f} at first, {figures['final_loss']:.3f} at last"))
     if "validation_loss" in figures:
         rows.append(
             (

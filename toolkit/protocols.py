@@ -38,6 +38,9 @@ __all__ = [
     "GatedExpert",
     "ListScore",
     "LowRankUpdate",
+    "MergeTask",
+    "Merged",
+    "Merger",
     "ModuleGate",
     "Piece",
     "RoutableExpert",
@@ -471,6 +474,60 @@ class Gate(Protocol):
         An expert without that module gets weight 0 there. Raises BadInput naming an expert that lacks what the gate
         needs.
         """
+
+
+# ── mergers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """Experts to be merged: `experts[i]` are the updates by module of the expert `keys[i]`, which weighs `weights[i]`.
+
+    All are of one base, so that a module has one shape; ranks and modules may differ, and weights may be negative.
+    rank: the largest that a merged module may have (None: the method's own choice). loss: weights -> mean loss of an
+    answer token of the shots, in nats, under the experts so weighed. usage: each expert's share of the draws, and
+    routing [prompts, experts]: how much each prompt asked for each expert; both where prompts were routed.
+    """
+
+    keys: tuple[str, ...]
+    experts: tuple[Mapping[str, LowRankUpdate], ...]
+    weights: tuple[float, ...]
+    rank: int | None = None
+    seed: int = 0
+    loss: Callable[[Sequence[float]], float] | None = None
+    usage: tuple[float, ...] | None = None
+    routing: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One adapter made of the experts `members` (their indices).
+
+    weights: those of the exact sum of the members that `modules` stand for; the merge's error is measured against it.
+    log: what the method found on its way, as plain JSON.
+    """
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+    modules: Mapping[str, LowRankUpdate]
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Merger(Protocol):
+    """Several weighted LoRA adapters -> one, or fewer.
+
+    needs: what it reads of a task beside experts and weights, of {"loss", "usage"}. A result depends on neither the
+    experts' order nor on those of weight zero.
+    """
+
+    Options: ClassVar[type[Config]]
+    needs: ClassVar[frozenset[str]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def merge(self, task: MergeTask) -> list[Merged]: ...
 
 
 # ── decoders ─────────────────────────────────────────────────────────────────────────────────────────────────────
