@@ -22,11 +22,13 @@ from xpert.errors import BadInput
 from xpert.experts.adapters import Adapter, LowRank, read_adapter
 from xpert.experts.distil_options import DistilOptions
 from xpert.experts.engines._lora_layers import applied
-from xpert.experts.engines._lora_plan import COSTS, Planner, RowExperts, row_order
+from xpert.experts.engines._lora_plan import COSTS, GateEntry, Planner, RowMixture, row_order
 from xpert.experts.merge_folder import adapter_config, write_merged_expert
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import MergeResult, measure, merge
+from xpert.experts.mixture import Mixture
 from xpert.experts.routing import MixtureRouter, route_request
+from xpert.experts.serving import gate_cosines, open_gate
 from xpert.language_model import LanguageModel, load_model
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Merged
@@ -42,7 +44,7 @@ class _Lesson:
 
     ids: tuple[int, ...]
     start: int
-    teachers: RowExperts
+    teachers: RowMixture
 
 
 def distil(
@@ -58,9 +60,9 @@ def distil(
 ) -> MergeResult:
     """Trains the student and writes it as an expert folder; its log tells the KL to the teacher before and after.
 
-    A mixture teaches each row with the experts its router gives it (none: the base model); experts named one by one
-    teach all rows with their weights. The error against the weighted sum is that of the mean weights. Raises BadInput
-    for rows without an answer within max_length, and for a loss that is no number.
+    A mixture teaches each row with the experts its router gives it (none: the base model), behind its gate if it has
+    one; experts named one by one teach all rows with their weights. The error against the weighted sum is that of the
+    mean weights. Raises BadInput for rows without an answer within max_length, and for a loss that is no number.
     """
     options = options or DistilOptions()
     check_output(out)
@@ -99,10 +101,9 @@ def _lessons(
 ) -> list[_Lesson]:
     adapters = {expert.key: read_adapter(expert.key, expert.folder, lm) for expert in sources.experts}
     if sources.mixture is not None:
-        routes = MixtureRouter(sources.mixture, seed=seed, device=device).route([route_request(row) for row in rows])
-        teachers = [_teachers(adapters, route.experts) for route in routes]
+        teachers = _routed(lm, sources.mixture, adapters, rows, seed=seed, device=device)
     else:
-        teachers = [_teachers(adapters, zip(sources.keys, sources.weights, strict=True))] * len(rows)
+        teachers = [RowMixture(_held(adapters, zip(sources.keys, sources.weights, strict=True)))] * len(rows)
     encoded = encode_examples(lm.tokenizer, rows, options.max_length)
     lessons = [
         _Lesson(tuple(ids), start, own) for (ids, start), own in zip(encoded, teachers, strict=True) if start < len(ids)
@@ -112,15 +113,38 @@ def _lessons(
     return lessons
 
 
-def _teachers(adapters: dict[str, Adapter], experts: Any) -> RowExperts:
+def _routed(
+    lm: LanguageModel, mixture: Mixture, adapters: dict[str, Adapter], rows: Sequence[Row], *, seed: int, device: str
+) -> list[RowMixture]:
+    """Each row's experts as the mixture serves them, behind its gate if it has one."""
+    requests = [route_request(row) for row in rows]
+    routes = MixtureRouter(mixture, seed=seed, device=device).route(requests)
+    if mixture.gate is None:
+        return [RowMixture(_held(adapters, route.experts)) for route in routes]
+    entry = GateEntry(mixture.gate.name, 1, open_gate(mixture.gate, lm.device))
+    strength = {expert.key: expert.weight for expert in mixture.experts}
+    cosines = gate_cosines(mixture, device=device, seed=seed)
+    biases = cosines.gate_bias([request.prompt for request in requests]) if cosines else [()] * len(requests)
+    teachers = []
+    for route, bias in zip(routes, biases, strict=True):
+        held = _held(adapters, ((key, strength[key]) for key, _ in route.experts))
+        known = dict(bias)
+        biased = tuple(known[adapter.key] for adapter, _ in held) if known else ()
+        teachers.append(RowMixture(held, entry if held else None, biased))
+    return teachers
+
+
+def _held(adapters: dict[str, Adapter], experts: Any) -> tuple[tuple[Adapter, float], ...]:
     return tuple((adapters[key], weight) for key, weight in sorted(experts) if weight)
 
 
-def _mean_weights(sources: MergeSources, teachers: Sequence[RowExperts]) -> tuple[float, ...]:
+def _mean_weights(sources: MergeSources, teachers: Sequence[RowMixture]) -> tuple[float, ...]:
+    """What each expert weighs on average; behind a gate, as if it weighed a row's experts alike."""
     total = dict.fromkeys(sources.keys, 0.0)
     for row in teachers:
-        for adapter, weight in row:
-            total[adapter.key] += weight / len(teachers)
+        share = len(row.experts) if row.gate else 1
+        for adapter, weight in row.experts:
+            total[adapter.key] += weight / share / len(teachers)
     if not any(total.values()):
         raise BadInput("the mixture leaves every row to the base model", hint="give rows of the experts' tasks")
     return tuple(total.values())

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xpert import plugins
+from xpert.errors import BadInput
 from xpert.experts.adapters import CONFIG_FILE, GATES_FILE, WEIGHTS_FILE
 from xpert.experts.expert_folder import EXEMPLARS, model_card
 from xpert.experts.expert_report import write_expert_report
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import MergeResult
-from xpert.experts.mixture import MIXTURE_FILE, Mixture, MixtureExpert, assemble, open_expert, write_mixture
+from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert, assemble, open_expert, write_mixture
 from xpert.progress import SILENT, Progress
 from xpert.protocols import LowRankUpdate
 from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
@@ -155,9 +157,22 @@ def write_pool(
         name=name,
         registry=old.registry if old else None,
         base=sources.base,
+        gate=_kept_gate(old),
     )
     write_mixture(folder / MIXTURE_FILE, mixture)
     return mixture
+
+
+def _kept_gate(mixture: Mixture | None) -> GateChoice | None:
+    """A gate made from the adapters serves the merged ones too; one that learned the old experts cannot."""
+    if mixture is None or mixture.gate is None:
+        return None
+    if plugins.load("gate", mixture.gate.name).learned != "none":
+        raise BadInput(
+            f"gate {mixture.gate.name} has learned the experts as they are, and merged ones are not among them",
+            hint="prune by usage, or mix again without that gate first",
+        )
+    return mixture.gate
 
 
 def _card(

@@ -39,6 +39,12 @@ def run_merge(
     """Merges and writes: one expert folder, or a pool where the method makes several. Errors as `merging.merge`."""
     merger_options(method, params or {})
     check_output(out)
+    if sources.mixture is not None and sources.mixture.gate is not None:
+        gate = sources.mixture.gate.name
+        progress.say(
+            f"Merged are the experts without the mixture's gate {gate}: an adapter adds them alike at every token. "
+            f"`xpert distil` learns what they answer behind it."
+        )
     task = _task(sources, [method], rank, shots, usage, base, seed, device, progress)
     found = merge(task, method, params)
     write_merge(out, found, sources, seed=seed, progress=progress)

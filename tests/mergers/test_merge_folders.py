@@ -241,6 +241,23 @@ def test_a_mixture_is_distilled_from_the_command_line(
     assert "KL from the teachers" in result.stdout
 
 
+def test_a_gated_mixture_teaches_behind_its_gate(mixture: Path, rows: list[Row], tmp_path: Path) -> None:
+    """A student of unlimited rank that copies the sum of the experts is not what the gate makes of them."""
+    from xpert.experts.distil_options import DistilOptions
+    from xpert.experts.distilling import distil
+
+    def diverges(name: str, gate: dict[str, Any]) -> float:
+        mixture.write_text(json.dumps(plain | {"schema": 2, "gate": {"name": gate["name"], "params": gate["params"]}}))
+        options = DistilOptions(rank=200, epochs=1, learning_rate=1e-9, hold_out=0)
+        result = distil(read_sources([str(mixture)]), rows[:6], tmp_path / name, options, device="cpu")
+        return float(result.merged.log["kl_before"])
+
+    plain = json.loads(mixture.read_text()) | {"router": "fixed", "router_params": {}}
+    plain["experts"] = plain["experts"][:2]  # both adapt all modules, so that each has half of every module
+    assert diverges("one", {"name": "arrow", "params": {"top": 1}}) > 1e-4
+    assert diverges("all", {"name": "arrow", "params": {"top": 0, "temperature": 1e6}}) < 1e-5
+
+
 MISTAKES = {
     "merge {a} {d}/nope": "nope: no such mixture or expert",
     "merge {a}=0.5 {b}": "has no weight, but others have one",
