@@ -53,6 +53,9 @@ def _with_updates(
 ) -> Callable[..., torch.Tensor]:
     """x [rows, tokens, in] -> forward(x) plus each segment's update, added in place: forward's result is fresh."""
 
+    spans, places = _spans(parts, rows)
+    work = [(part, *(m.T for m in part.matrices or ()), place) for part, place in zip(parts, places, strict=True)]
+
     def updated(x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 3 or x.shape[0] != rows:
             # A routed feed-forward layer, for one, mixes the rows: whose token is whose cannot be told any more.
@@ -61,23 +64,42 @@ def _with_updates(
                 hint="train the experts without that module among target_modules",
             )
         y = forward(x)
-        for part in parts:
-            seen = x[part.start : part.stop]
+        tokens = x.shape[1]
+        # Few small operations a segment are what decoding costs: both sides are cut up once, as matrices.
+        sizes = spans if tokens == 1 else [rows * tokens for rows in spans]
+        inputs = x.reshape(-1, x.shape[2]).split(sizes)
+        outputs = y.view(-1, y.shape[2]).split(sizes)
+        for part, *matrices, place in work:
             gating = part.gating
-            gated = _decide(name, part.start, gating, seen, decided) if gating is not None else None
-            if part.matrices is None:
+            gated = None
+            if gating is not None:
+                gated = _decide(name, part.start, gating, x[part.start : part.stop], decided)
+            if not matrices:
                 continue
-            a, b = part.matrices
-            h = seen @ a.T
+            a, b = matrices
+            h = inputs[place].mm(a)
             if gating is not None and gated is not None:
-                _weigh(h, gated, gating)
+                _weigh(h.view(part.stop - part.start, tokens, -1), gated, gating)
             elif part.weights is not None:
-                h *= part.weights
-            # A slice of rows of a contiguous result is contiguous, so the views are free.
-            y[part.start : part.stop].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.T)
+                h.view(part.stop - part.start, tokens, -1).mul_(part.weights)
+            outputs[place].addmm_(h, b)
         return y
 
     return updated
+
+
+def _spans(parts: list[Part], rows: int) -> tuple[list[int], list[int]]:
+    """The batch's rows as consecutive spans, and which span each part is."""
+    spans: list[int] = []
+    places: list[int] = []
+    end = 0
+    for part in parts:
+        if part.start > end:
+            spans.append(part.start - end)
+        places.append(len(spans))
+        spans.append(part.stop - part.start)
+        end = part.stop
+    return ([*spans, rows - end] if end < rows else spans), places
 
 
 def _decide(name: str, start: int, gating: Gating, x: torch.Tensor, decided: _Decided) -> torch.Tensor:
