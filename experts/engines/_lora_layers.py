@@ -54,7 +54,9 @@ def _with_updates(
     """x [rows, tokens, in] -> forward(x) plus each segment's update, added in place: forward's result is fresh."""
 
     spans, places = _spans(parts, rows)
-    work = [(part, *(m.T for m in part.matrices or ()), place) for part, place in zip(parts, places, strict=True)]
+    # Transposed views are made once, not in every pass.
+    turned = [(part.matrices[0].T, part.matrices[1].T) if part.matrices else None for part in parts]
+    work = list(zip(parts, turned, places, strict=True))
 
     def updated(x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 3 or x.shape[0] != rows:
@@ -67,14 +69,14 @@ def _with_updates(
         tokens = x.shape[1]
         # Few small operations a segment are what decoding costs: both sides are cut up once, as matrices.
         sizes = spans if tokens == 1 else [rows * tokens for rows in spans]
-        inputs = x.reshape(-1, x.shape[2]).split(sizes)
-        outputs = y.view(-1, y.shape[2]).split(sizes)
-        for part, *matrices, place in work:
+        inputs = x.reshape(-1, x.shape[2]).split_with_sizes(sizes)
+        outputs = y.view(-1, y.shape[2]).split_with_sizes(sizes)
+        for part, matrices, place in work:
             gating = part.gating
             gated = None
             if gating is not None:
                 gated = _decide(name, part.start, gating, x[part.start : part.stop], decided)
-            if not matrices:
+            if matrices is None:
                 continue
             a, b = matrices
             h = inputs[place].mm(a)

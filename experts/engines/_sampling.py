@@ -172,7 +172,9 @@ def _kept(scaled: torch.Tensor, size: int, choosers: Sequence[Chooser]) -> tuple
     whole = torch.where(limit < scaled.shape[-1], top.masked_fill(~among, -math.inf).logsumexp(-1, keepdim=True), whole)
     probability = (top - whole).exp() * among
     before = probability.cumsum(-1) - probability
-    probability = probability * (before < _column([chooser.rules.top_p for chooser in choosers], scaled))
+    # The sum of all may round to 1 before the last token, which top-p 1 keeps too.
+    reach = [chooser.rules.top_p if chooser.rules.top_p < 1 else math.inf for chooser in choosers]
+    probability = probability * (before < _column(reach, scaled))
     floor = _column([chooser.rules.min_p for chooser in choosers], scaled) * probability[:, :1]
     return probability * (probability >= floor), tokens
 

@@ -42,7 +42,7 @@ def plainly_kept(logits: list[float], rules: Sampling) -> dict[int, float]:
     kept: dict[int, float] = {}
     mass = 0.0
     for token in order:
-        if mass >= rules.top_p and kept:
+        if rules.top_p < 1 and mass >= rules.top_p and kept:
             break
         kept[token] = weights[token] / total
         mass += weights[token] / total
