@@ -55,6 +55,10 @@ def command(
         found = read_usage(usage, loaded.keys)
     else:
         assert prompts is not None
+        if loaded.gate is not None:
+            session.progress.say(
+                f"Counted is who may be used by the router; what gate {loaded.gate.name} then weighs is not."
+            )
         found = measure_usage(loaded, read_prompts(prompts), seed=session.seed, device=session.device)
     pruned = prune(
         loaded,

@@ -55,6 +55,8 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that move a part of the base's weights into the adapter; peft saves another value once converted."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -184,6 +186,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise BadInput(f"{kind} adapters are not served", where=str(folder), hint="use a plain LoRA adapter")
     refused = [name for field, name in _REFUSED.items() if config.get(field)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        refused.append(f"a start that changed the base model itself (init_lora_weights={start!r})")
     if config.get("bias", "none") != "none":
         refused.append(f"trained biases (bias={config['bias']!r})")
     if refused:
@@ -249,7 +254,12 @@ def _pair(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str, dict[
                 where=where,
                 hint="train with linear target modules and without saved embeddings",
             )
-        pairs.setdefault(match["module"], {})[match["side"]] = tensor
+        sides = pairs.setdefault(match["module"], {})
+        if match["side"] in sides:
+            raise Corrupt(f"{match['module']} has two lora_{match['side']}", where=where)
+        if not tensor.is_floating_point():
+            raise Corrupt(f"{key} holds {tensor.dtype}, which is no weight", where=where)
+        sides[match["side"]] = tensor
     for module, pair in pairs.items():
         if len(pair) != 2:
             raise Corrupt(f"{module} has lora_{min(pair)} alone", where=where)
@@ -292,6 +302,8 @@ def _module(
     if not (a.isfinite().all() and b.isfinite().all()):
         raise Corrupt(f"{name} holds NaN or infinite weights", where=where)
     scaled = b.float() * _scale(name, rank, config, where=where)
+    if not (a.to(base.dtype).isfinite().all() and scaled.to(base.dtype).isfinite().all()):
+        raise Corrupt(f"the scaled weights of {name} are beyond what {base.dtype} holds", where=where)
     return LowRank(a.to(device, base.dtype), scaled.to(device, base.dtype))
 
 
@@ -312,6 +324,9 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], *, where: str) -> 
     alpha = _by_pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise Corrupt(f"the alpha of {module} is {alpha!r}, which is no number", where=where)
+    configured = _by_pattern(module, config.get("rank_pattern") or {}, config.get("r", rank))
+    if configured != rank:
+        raise Corrupt(f"{module} has rank {rank}, but the configuration says {configured!r}", where=where)
     # peft divides by the configured rank, which the tensors must agree with.
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -276,6 +276,8 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         raise Corrupt("the mixture has no schema number", where=where)
     if value["schema"] > SCHEMA:
         raise BadInput(f"written by a newer xpert (schema {value['schema']})", where=where, hint="upgrade xpert")
+    if not value.get("experts"):
+        raise Corrupt("the mixture lists no experts", where=where, hint="mix again with `xpert mix`")
     anchor = path.resolve().parent
     try:
         base = BaseModel(**value["base"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.experts.evaluate import EvalOptions, Evaluation
@@ -81,6 +82,11 @@ def prune(
     mixtures are scored before anything is in place. Raises BadInput where nothing would be left, or nothing would go.
     """
     options = options or PruneOptions()
+    if mixture.gate is not None and plugins.load("gate", mixture.gate.name).learned == "mixture":
+        raise BadInput(
+            f"the mixture's gate {mixture.gate.name} was trained for all its experts",
+            hint="mix some of them anew, and train the gate for those",
+        )
     with draft_folder(out) as draft:
         if options.method == "usage":
             smaller, fate = _by_usage(mixture, usage, options.below, name=out.name)

@@ -17,7 +17,9 @@ class ResidencyOptions(Config):
     """How much an adapter bank may hold, and in which form."""
 
     device_bytes: int | None = option(
-        None, "bytes of adapters that the device holds at once (none: no limit)", minimum=1
+        None,
+        "bytes of adapters that the device holds at once; what batches make of them may take as much (none: no limit)",
+        minimum=1,
     )
     device_experts: int | None = option(None, "adapters that the device holds at once (none: no limit)", minimum=1)
     host_bytes: int | None = option(

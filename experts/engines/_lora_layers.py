@@ -17,9 +17,19 @@ from xpert.experts.engines._lora_plan import Gating, Part, Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["applied"]
+__all__ = ["Unservable", "applied"]
 
 _ABSENT = object()
+
+
+class Unservable(BadInput):
+    """A layer of this base model cannot take updates; requests whose experts adapt `module` cannot be answered."""
+
+    def __init__(self, module: str, what: str, *, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.module = module
+
+
 _Decided = dict[tuple[int, str], "torch.Tensor"]
 """(segment's first row, deciding module) -> the gate's weights there, within one pass."""
 
@@ -61,7 +71,8 @@ def _with_updates(
     def updated(x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 3 or x.shape[0] != rows:
             # A routed feed-forward layer, for one, mixes the rows: whose token is whose cannot be told any more.
-            raise BadInput(
+            raise Unservable(
+                name,
                 f"{name} of the base model gets {list(x.shape)} for {rows} requests, which cannot be told apart in it",
                 hint="train the experts without that module among target_modules",
             )
@@ -80,6 +91,8 @@ def _with_updates(
                 continue
             a, b = matrices
             h = inputs[place].mm(a)
+            if part.off is not None:
+                h.view(part.stop - part.start, tokens, -1).masked_fill_(part.off, 0)
             if gating is not None and gated is not None:
                 _weigh(h.view(part.stop - part.start, tokens, -1), gated, gating)
             elif part.weights is not None:
@@ -109,7 +122,9 @@ def _decide(name: str, start: int, gating: Gating, x: torch.Tensor, decided: _De
     if gating.site != name:
         found = decided.get((start, gating.site))
         if found is None:
-            raise BadInput(f"the gate of {name} decides at {gating.site}, which the model computes later or not at all")
+            raise Unservable(
+                name, f"the gate of {name} decides at {gating.site}, which the model computes later or not at all"
+            )
         return found
     weights = gating.gate(x, gating.allowed, gating.bias)
     if gating.shared:

@@ -50,8 +50,11 @@ class RowMixture:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What decides the row's keys and values, names apart: the experts' content, weights, gate and bias."""
-        experts = tuple((adapter.fingerprint, weight) for adapter, weight in self.experts)
+        """What decides the row's keys and values: the experts' content, weights, gate and bias.
+
+        Names only behind a gate, which may have learned experts by them.
+        """
+        experts = tuple((a.fingerprint, weight, a.key if self.gate else "") for a, weight in self.experts)
         return (self.gate.number if self.gate else 0, experts, self.bias)
 
 
@@ -113,7 +116,9 @@ class Gating:
 class Part:
     """One module's update of rows start..stop: a [R, in], b [out, R], weights [rows, 1, R] or None where all are one.
 
-    With `gating`, its weights stand in their place. Without matrices the module only decides for others.
+    With `gating`, its weights stand in their place. Without matrices the module only decides for others. off bool
+    [rows, 1, R]: the ranks of experts that are others' (None: there are none). Their products are dropped rather than
+    weighed with zero, since zero times infinity is no number.
     """
 
     start: int
@@ -121,6 +126,7 @@ class Part:
     matrices: tuple[torch.Tensor, torch.Tensor] | None
     weights: torch.Tensor | None = None
     gating: Gating | None = None
+    off: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +140,13 @@ class Plan:
 class Planner:
     """Makes plans, and keeps the concatenations and gates of the latest expert sets for the next ones.
 
-    `keep` bounds how many concatenations of several adapters are held; each costs as much memory as its adapters.
+    `keep` bounds how many concatenations of several adapters are held, and `keep_bytes` what they take together (the
+    latest aside); each costs as much memory as its adapters.
     """
 
-    def __init__(self, costs: CostModel, *, keep: int = 16) -> None:
+    def __init__(self, costs: CostModel, *, keep: int = 16, keep_bytes: int | None = None) -> None:
         self.costs = costs
-        self._stacks: _Recent[dict[str, Stack]] = _Recent(keep)
+        self._stacks: _Recent[dict[str, Stack]] = _Recent(keep, keep_bytes)
         self._gates: _Recent[dict[str, ModuleGate]] = _Recent(4 * keep)
 
     def make_plan(self, rows: Sequence[RowMixture], tokens: int) -> Plan:
@@ -213,13 +220,17 @@ class Planner:
         entry = rows[start].gate
         if entry is not None:
             return self._gated(entry, rows[start:stop], (start, stop), adapters, stacks, table)
-        plain = bool((table == 1).all())
+        plain, shared = bool((table == 1).all()), bool((table == 0).any())
         widened: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
+        masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
         parts = []
         for name, stack in stacks.items():
             if not plain and stack.layout not in widened:
-                widened[stack.layout] = _widened(table, stack)
-            parts.append((name, Part(start, stop, (stack.a, stack.b), widened.get(stack.layout))))
+                widened[stack.layout] = weights = _widened(table, stack)
+                if shared:
+                    masks[stack.layout] = weights == 0
+            weighed, off = widened.get(stack.layout), masks.get(stack.layout)
+            parts.append((name, Part(start, stop, (stack.a, stack.b), weighed, off=off)))
         return parts
 
     def _gated(
@@ -248,7 +259,11 @@ class Planner:
             decides = self._module_gate(entry, site, adapters)
             return Gating(site, decides, allowed, bias, strengths, owners, even, name in deciders)
 
-        parts = [(name, Part(*span, (stack.a, stack.b), gating=gating(name, stack))) for name, stack in stacks.items()]
+        shared = bool((table == 0).any())
+        parts = []
+        for name, stack in stacks.items():
+            off = _widened(table, stack) == 0 if shared else None
+            parts.append((name, Part(*span, (stack.a, stack.b), gating=gating(name, stack), off=off)))
         only = [(name, Part(*span, None, gating=gating(name, None))) for name in sorted(deciders - set(stacks))]
         return parts + only
 
@@ -269,26 +284,38 @@ Value = TypeVar("Value")
 
 
 class _Recent(OrderedDict[object, tuple[tuple[Adapter, ...], Value]]):
-    """The values used last, each with the adapters it is made of. Sessions in several threads share them."""
+    """The values used last, each with the adapters it is made of. Sessions in several threads share them.
 
-    def __init__(self, keep: int) -> None:
+    `keep_bytes` counts a value as its adapters' bytes; the latest stays whatever its size.
+    """
+
+    def __init__(self, keep: int, keep_bytes: int | None = None) -> None:
         super().__init__()
         self._keep = keep
+        self._keep_bytes = keep_bytes
+        self._bytes = 0
         self._lock = threading.RLock()
 
     def get(self, key: object, adapters: tuple[Adapter, ...], make: Callable[[], Value]) -> Value:  # type: ignore[override]
         with self._lock:
             if key not in self:
                 self[key] = (adapters, make())
-                while len(self) > self._keep:
-                    self.popitem(last=False)
+                self._bytes += _bytes(adapters)
+                while len(self) > self._keep or (
+                    self._keep_bytes is not None and self._bytes > self._keep_bytes and len(self) > 1
+                ):
+                    self._bytes -= _bytes(self.popitem(last=False)[1][0])
             self.move_to_end(key)
             return self[key][1]
 
     def forget(self, adapter: Adapter) -> None:
         with self._lock:
             for key in [key for key, (adapters, _) in self.items() if adapter in adapters]:
-                del self[key]
+                self._bytes -= _bytes(self.pop(key)[0])
+
+
+def _bytes(adapters: Iterable[Adapter]) -> int:
+    return sum(adapter.bytes for adapter in adapters)
 
 
 def _concatenated(adapters: tuple[Adapter, ...]) -> dict[str, Stack]:

@@ -21,12 +21,12 @@ __all__ = ["Passes"]
 class Passes:
     """The base model as the engine uses it. One pass at a time, whichever threads ask."""
 
-    def __init__(self, lm: LanguageModel, *, prefix_bytes: int = 0) -> None:
+    def __init__(self, lm: LanguageModel, *, prefix_bytes: int = 0, stack_bytes: int | None = None) -> None:
         self.model = lm.model.eval()
         self.device = lm.device
         self.config = self.model.config
         check_cacheable(self.config, where=lm.ref)
-        self.planner = Planner(COSTS.get(self.device.type, COSTS["cuda"]))
+        self.planner = Planner(COSTS.get(self.device.type, COSTS["cuda"]), keep_bytes=stack_bytes)
         self.prefixes = PrefixStore(prefix_bytes)
         text_config = self.config.get_text_config()
         self.context: int = getattr(text_config, "max_position_embeddings", None) or 2**31

@@ -77,16 +77,30 @@ class PrefixStore:
     def find(self, identity: Hashable, prompt: Sequence[int], chain: Chain) -> RowCache | None:
         """The cache that holds the longest kept prefix of the prompt, cut to it."""
         with self._lock:
-            for blocks in range(len(chain), 0, -1):
-                key = self._index.get(chain[blocks - 1])
-                entry = self._entries.get(key) if key is not None else None
-                # Hashes may collide: what counts is the tokens.
-                count = blocks * BLOCK
-                if entry is None or entry.identity != identity or entry.tokens[:count] != tuple(prompt[:count]):
-                    continue
+            found = self._longest(identity, prompt, chain)
+            if found is None:
+                return None
+            key, count = found
+            self._entries.move_to_end(key)
+            entry = self._entries[key]
+            return entry.cache if len(entry.tokens) == count else entry.cache.head(count)
+
+    def known(self, identity: Hashable, prompt: Sequence[int], chain: Chain) -> int:
+        """How many tokens `find` would give."""
+        with self._lock:
+            found = self._longest(identity, prompt, chain)
+            return found[1] if found else 0
+
+    def _longest(self, identity: Hashable, prompt: Sequence[int], chain: Chain) -> tuple[int, int] | None:
+        """(entry, tokens) of the longest kept prefix."""
+        for blocks in range(len(chain), 0, -1):
+            key = self._index.get(chain[blocks - 1])
+            entry = self._entries.get(key) if key is not None else None
+            count = blocks * BLOCK
+            # Hashes may collide: what counts is the tokens.
+            if entry is not None and entry.identity == identity and entry.tokens[:count] == tuple(prompt[:count]):
                 assert key is not None
-                self._entries.move_to_end(key)
-                return entry.cache if len(entry.tokens) == count else entry.cache.head(count)
+                return key, count
         return None
 
     def put(self, identity: Hashable, prompt: Sequence[int], chain: Chain, cache: RowCache) -> None:

@@ -33,7 +33,7 @@ class Asked:
     @property
     def identity(self) -> tuple[object, ...]:
         """As `RowMixture.identity`."""
-        experts = tuple((handle.fingerprint, weight) for handle, weight in self.experts)
+        experts = tuple((h.fingerprint, weight, h.key if self.gate else "") for h, weight in self.experts)
         return (self.gate.number if self.gate else 0, experts, self.bias)
 
     def with_adapters(self, lease: Lease, handles: Sequence[Handle]) -> RowMixture:

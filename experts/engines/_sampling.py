@@ -116,7 +116,7 @@ def _penalised(logits: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tenso
     rows = [row for row, chooser in enumerate(choosers) if chooser.rules.repetition_penalty != 1]
     if not rows:
         return logits
-    logits = logits.clone()
+    logits = logits.clone() if logits.dtype == torch.float32 else logits.float()  # bfloat16 would round penalties away
     seen = torch.stack([choosers[row].seen(logits) for row in rows])
     penalty = _column([choosers[row].rules.repetition_penalty for row in rows], logits).to(logits.dtype)
     before = logits[rows]

@@ -17,6 +17,7 @@ import torch
 from xpert.errors import BadInput, XpertError
 from xpert.experts.engines._bank import AdapterBank
 from xpert.experts.engines._kv_cache import RowCache, gather
+from xpert.experts.engines._lora_layers import Unservable
 from xpert.experts.engines._lora_plan import Plan, row_order
 from xpert.experts.engines._passes import Passes
 from xpert.experts.engines._prefixes import BLOCK
@@ -144,12 +145,11 @@ class Session:
             self._let_go(request)
         with self._lock:
             self._ids = {request.id for request in self._waiting.requests}
+            self._cancelled &= self._ids
         self._batch = _Batch()
 
     def _let_go(self, request: InFlight) -> None:
-        if request.lease is not None:
-            self._bank.release(request.lease)
-            request.lease = None
+        self._waiting.give_back(request)
 
     def _drop_cancelled(self) -> None:
         with self._lock:
@@ -205,10 +205,27 @@ class Session:
         request.finished = "failed"
         self._failures.append((request.id, error))
         self._let_go(request)
+        self._forget([request])
+
+    def _forget(self, ended: Sequence[InFlight]) -> None:
+        """Their ids may be used again, which a cancellation that came late must not meet."""
         with self._lock:
-            self._ids.discard(request.id)
+            self._ids.difference_update(request.id for request in ended)
+            self._cancelled &= self._ids
 
     def _admit(self, requests: Sequence[InFlight]) -> list[Piece]:
+        while True:
+            try:
+                return self._join(requests)
+            except Unservable as error:
+                blamed = [request for request in requests if _adapts(request, error.module)]
+                if not blamed:
+                    raise
+                for request in blamed:
+                    self._fail(request, error)
+                requests = [request for request in requests if request not in blamed]
+
+    def _join(self, requests: Sequence[InFlight]) -> list[Piece]:
         lanes = sorted((lane for request in requests for lane in request.lanes), key=lambda x: row_order(x.mixture))
         if not lanes:
             return []
@@ -229,8 +246,8 @@ class Session:
 
     def _fresh(self, request: InFlight) -> int:
         """Prompt tokens that no kept prefix spares."""
-        found = ((lane, self._find(lane)) for lane in request.lanes)
-        return max(len(lane.prompt) - (head.width if head else 0) for lane, head in found)
+        known = self._passes.prefixes.known
+        return max(len(lane.prompt) - known(lane.asked.identity, lane.prompt, lane.chain) for lane in request.lanes)
 
     def _find(self, lane: Lane) -> RowCache | None:
         return self._passes.prefixes.find(lane.asked.identity, lane.prompt, lane.chain) if lane.chain else None
@@ -290,8 +307,7 @@ class Session:
         ended = [request for request in requests if request.finished]
         for request in ended:
             self._let_go(request)
-        with self._lock:
-            self._ids.difference_update(request.id for request in ended)
+        self._forget(ended)
         return pieces
 
     def _tell(self, requests: Sequence[InFlight], logits: torch.Tensor, tokens: Sequence[int]) -> None:
@@ -335,6 +351,10 @@ class Session:
         if oldest is not None and oldest.handles:
             with suppress(XpertError):  # not here yet, or failed, which the next step says
                 self._bank.release(self._bank.wait(oldest.handles, timeout=PAUSE))
+
+
+def _adapts(request: InFlight, module: str) -> bool:
+    return any(module in adapter.modules for lane in request.lanes for adapter, _ in lane.mixture.experts)
 
 
 def _contrasted(

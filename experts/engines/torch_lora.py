@@ -8,12 +8,13 @@ the rounding of differently shaped matrix products.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from xpert import plugins
 from xpert.config import Config, option
@@ -33,6 +34,10 @@ from xpert.storage import hash_json
 __all__ = ["PLUGIN", "TorchEngine", "TorchOptions"]
 
 
+MOST_EXPERTS = 1024
+"""Experts of one request. All are on the device at once, and a batch concatenates them."""
+
+
 @dataclass(frozen=True)
 class TorchOptions(ResidencyOptions):
     """What experts and shared prefixes may take of the device and of the host's memory."""
@@ -47,7 +52,8 @@ class TorchEngine:
 
     `max_batch` is the number of rows in flight at once: one for each request, two where it is contrasted. Several
     sessions and threads may share an engine; their passes take turns. While it runs, nobody else may call the same
-    `lm.model`.
+    `lm.model`. On a limited device what is in flight holds its experts there: a generator left half read must be closed
+    before the same thread asks for other experts, or it waits for itself.
     """
 
     Options: ClassVar[type[Config]] = TorchOptions
@@ -64,7 +70,10 @@ class TorchEngine:
         self.lm = lm
         self.max_batch = max_batch
         self.options = options or TorchOptions()
-        self._passes = Passes(lm, prefix_bytes=self.options.prefix_bytes)
+        self._largest = float(torch.finfo(lm.dtype).max)
+        # Concatenations of the experts of a batch may take as much again as the experts themselves.
+        limit = self.options.device_bytes
+        self._passes = Passes(lm, prefix_bytes=self.options.prefix_bytes, stack_bytes=limit)
         self._bank = AdapterBank(lm, self.options, on_evict=self._passes.forget)
         self._gates: dict[str, GateEntry] = {}
         self._gates_made = 0
@@ -206,12 +215,18 @@ class TorchEngine:
 
     def _asked(self, experts: WeightedExperts, gate: str | None, bias: WeightedExperts, *, where: str) -> Asked:
         """Weights of a repeated key added up, those of weight zero left out. `bias` may name the experts alone."""
-        weights = _summed(experts, "weight")
+        weights = _summed(experts, "weight", self._largest)
         held = {key: self._bank.resolve(key) for key in weights}
+        if len(held) > MOST_EXPERTS:
+            raise BadInput(
+                f"{len(held):,} experts are named; the most is {MOST_EXPERTS:,}",
+                where=where,
+                hint="let a router choose among them",
+            )
         entry = self._gate(gate) if gate is not None else None
         if bias and entry is None:
             raise BadInput("a gate bias without a gate", where=where, hint="name the gate too")
-        biases = _summed(bias, "gate bias")
+        biases = _summed(bias, "gate bias", self._largest)
         for key in biases:
             if key not in weights:
                 raise unknown("expert", key, weights)
@@ -252,12 +267,16 @@ class TorchEngine:
         return decoder
 
 
-def _summed(pairs: WeightedExperts, what: str) -> dict[str, float]:
+def _summed(pairs: WeightedExperts, what: str, most: float) -> dict[str, float]:
+    """The numbers of a repeated key added up; `most` is the largest that the base's dtype holds."""
     sums: dict[str, float] = {}
     for key, value in pairs:
-        if not math.isfinite(value):
-            raise BadInput(f"the {what} of expert {key!r} is {value}", hint="it must be a finite number")
         sums[key] = sums.get(key, 0.0) + value
+    for key, value in sums.items():
+        if not abs(value) <= most:
+            raise BadInput(
+                f"the {what} of expert {key!r} is {value}", hint=f"it must be a finite number of at most {most:g}"
+            )
     return sums
 
 

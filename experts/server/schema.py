@@ -83,6 +83,9 @@ class ChatRequest(_Model):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
     n: int | None = None
@@ -106,6 +109,9 @@ class ChatRequest(_Model):
             max_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS,
             temperature=self.temperature if self.temperature is not None else 0.0,
             top_p=self.top_p if self.top_p is not None else 1.0,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty if self.repetition_penalty is not None else 1.0,
             stop=stop,
             seed=self.seed % 2**63 if self.seed is not None else None,
         )
