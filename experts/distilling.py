@@ -29,6 +29,7 @@ from xpert.experts.merging import MergeResult, measure, merge
 from xpert.experts.mixture import Mixture
 from xpert.experts.routing import MixtureRouter, route_request
 from xpert.experts.serving import gate_cosines, open_gate
+from xpert.experts.train import quiet_warnings
 from xpert.language_model import LanguageModel, load_model
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Merged
@@ -161,7 +162,8 @@ class _Student:
         self.planner = Planner(COSTS.get(self.device.type, COSTS["cuda"]))
         config = adapter_config({name: update.rank for name, update in start.modules.items()}, {})
         torch.manual_seed(seed)
-        self.model = get_peft_model(lm.model, LoraConfig(**{**config, "inference_mode": False}))
+        with quiet_warnings():
+            self.model = get_peft_model(lm.model, LoraConfig(**{**config, "inference_mode": False}))
         self.layers = {name: lm.model.get_submodule(name) for name in start.modules}
         for name, layer in self.layers.items():
             if options.start == "merged":

@@ -24,12 +24,15 @@ class MixtureRouter:
             options = dataclasses.replace(options, base=mixture.base.ref)
         self.router: Router = plugins.load("router", mixture.router)(options, seed=seed, device=device)
         self.router.prepare([expert.routable() for expert in mixture.experts])
+        self._gate = mixture.gate.name if mixture.gate is not None else None
         self._weight = {expert.key: expert.weight for expert in mixture.experts}
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         return [self._weighted(route) for route in self.router.route(requests)]
 
     def _weighted(self, route: Route) -> Route:
+        if self._gate is not None and route.experts:
+            return dataclasses.replace(route, reason=f"{route.reason}; gate {self._gate} weighs them at every token")
         if len(route.experts) < 2 or all(self._weight[key] == 1 for key, _ in route.experts):
             return route
         scaled = [(key, weight * self._weight[key]) for key, weight in route.experts]

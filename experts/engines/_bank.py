@@ -405,7 +405,8 @@ class AdapterBank:
     def _limits(self) -> str:
         limits = self.options
         parts = [f"{limits.device_bytes:,} bytes"] if limits.device_bytes is not None else []
-        parts += [f"{limits.device_experts:,} experts"] if limits.device_experts is not None else []
+        if limits.device_experts is not None:
+            parts.append(f"{limits.device_experts:,} expert{'s' if limits.device_experts != 1 else ''}")
         return " and ".join(parts)
 
     def _may_lease(self, versions: Sequence[Version | None]) -> bool:

@@ -34,7 +34,7 @@ class LocalBackend:
         except ImportError as error:
             raise Unavailable(
                 f"vLLM cannot be loaded ({error})",
-                hint='pip install "xpert-toolkit[vllm]", or give base-url of a vLLM server',
+                hint='run `pip install "xpert-toolkit[vllm]"`, or give base-url of a vLLM server',
             ) from None
         self._params, self._lora, self._delta = SamplingParams, LoRARequest, RequestOutputKind.DELTA
         self._loop = asyncio.new_event_loop()
