@@ -55,6 +55,6 @@ def command(
     log = dict(found.merged.log)
     session.result(
         {"output": str(out), **found.summary(), **log},
-        f"{out}: KL from the teachers {log['kl_before']:.4f} before, {log['kl']:.4f} after, nats a token on "
-        f"{log['measured_rows']} of {log['measured_on']}; {log['steps']} steps, rank {found.rank}",
+        f"{out}: KL from the teachers {log['kl_before']:.3g} before, {log['kl']:.3g} after, nats a token on "
+        f"{log['measured_rows']} {log['measured_on'].removeprefix('the ')}; {log['steps']} steps, rank {found.rank}",
     )

@@ -113,6 +113,14 @@ def _parameters(options: type[Config]) -> list[dict[str, Any]]:
     return found
 
 
+def _how_given(kind: str) -> str:
+    """How a parameter of a plug-in of this kind is given."""
+    if kind == "decoder":
+        return "`Contrast.params` in Python"
+    option = {"gate": "gate-param", "engine": "engine-param"}.get(kind, "param")
+    return f"--{option} KEY=VALUE, or `{option.replace('-', '_')}s:` in a --config file"
+
+
 def _explanation(found: dict[str, Any]) -> str:
     lines = [f"{found['name']} ({found['kind']})", "", found["text"], ""]
     if found["needs"]:
@@ -120,7 +128,7 @@ def _explanation(found: dict[str, Any]) -> str:
     lines += [f"{name + ':':<7} {found[name]}" for name in ("cost", "source") if found[name]]
     if not found["parameters"]:
         return "\n".join([*lines, "", "no parameters"]).replace("\n\n\n", "\n\n")
-    lines += ["", "parameters (--param KEY=VALUE, or `params:` in a --config file):"]
+    lines += ["", f"parameters ({_how_given(found['kind'])}):"]
     for parameter in found["parameters"]:
         limits = _limits(parameter)
         default = parameter["default"]

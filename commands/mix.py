@@ -35,7 +35,11 @@ __all__ = ["command"]
 @click.option(
     "--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the router; may be repeated."
 )
-@click.option("--gate", metavar="NAME", help="Weighs the experts token by token: see `xpert methods --kind gate`.")
+@click.option(
+    "--gate",
+    metavar="NAME",
+    help="Weighs the experts token by token (`xpert methods --kind gate`); some need `xpert gate` first.",
+)
 @click.option(
     "--gate-param", "gate_params", multiple=True, metavar="KEY=VALUE", help="A parameter of the gate; may be repeated."
 )

@@ -37,6 +37,8 @@ def command(
 ) -> None:
     """Make a mixture smaller: drop the experts that its router rarely takes, or merge those it takes alike.
 
+    Counted are the router's draws; what a token gate then weighs is not.
+
     Writes DIR/mixture.json, and DIR/pruning.json with what stands for each old expert.
     """
     from xpert.data import read_prompts, read_suite

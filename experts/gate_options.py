@@ -30,7 +30,7 @@ class GateOptions(Config):
     warmup: float = option(
         0.06, "of phatgoose: share of the steps in which the learning rate rises", minimum=0, maximum=0.99
     )
-    batch_size: int = option(32, "of phatgoose: rows per optimizer step [1024]", minimum=1)
+    batch_size: int = option(32, "of phatgoose: rows per optimizer step [the paper: 1024]", minimum=1)
     weight_decay: float = option(0.0, "of phatgoose: decay of AdamW", minimum=0)
     prompts: int = option(10, "of average-activation: how many prompts are averaged, the first ones", minimum=1)
     shots: bool = option(True, "use the selection's shots too; they stand first")
@@ -62,6 +62,11 @@ def check_gate_name(name: str) -> None:
         return
     if name not in plugins.names("gate"):
         raise unknown("gate", name, KEPT_GATES)
+    if plugins.load("gate", name).learned == "mixture":
+        raise BadInput(
+            f"gate {name} is trained for a whole mixture",
+            hint=f"give --mixture MIXTURE; for one expert there are {' and '.join(KEPT_GATES)}",
+        )
     raise BadInput(
         f"the gate {name} keeps no vectors of its own with an expert",
         hint=f"name one of {', '.join(KEPT_GATES)} (glider reads those of phatgoose)",

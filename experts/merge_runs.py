@@ -39,16 +39,20 @@ def run_merge(
     """Merges and writes: one expert folder, or a pool where the method makes several. Errors as `merging.merge`."""
     merger_options(method, params or {})
     check_output(out)
-    if sources.mixture is not None and sources.mixture.gate is not None:
-        gate = sources.mixture.gate.name
-        progress.say(
-            f"Merged are the experts without the mixture's gate {gate}: an adapter adds them alike at every token. "
-            f"`xpert distil` learns what they answer behind it."
-        )
+    _say_gate(sources, progress)
     task = _task(sources, [method], rank, shots, usage, base, seed, device, progress)
     found = merge(task, method, params)
     write_merge(out, found, sources, seed=seed, progress=progress)
     return found
+
+
+def _say_gate(sources: MergeSources, progress: Progress) -> None:
+    if sources.mixture is not None and sources.mixture.gate is not None:
+        gate = sources.mixture.gate.name
+        progress.say(
+            f"Merged are the experts without the mixture's gate {gate}: an adapter adds them alike at every token, and "
+            f"errors are against that sum. `xpert distil` learns what they answer behind the gate."
+        )
 
 
 def compare(
@@ -75,6 +79,7 @@ def compare(
         if not any(name in own for own in split.values()):
             known = [field for method in methods for field in _fields(method)]
             raise unknown("parameter", name, known, where=f"merger {', '.join(methods)}")
+    _say_gate(sources, progress)
     task = _task(sources, methods, rank, shots, usage, base, seed, device, progress)
     found: list[MergeResult] = []
     refused: dict[str, str] = {}

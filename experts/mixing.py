@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert, router_options
 from xpert.experts.recruiting.options import RecruitOptions
@@ -47,6 +48,8 @@ def mix(
     options = router_options(router, router_params or {})
     model = _base_model(base) if base is not None else None
     members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
+    if gate is not None:
+        _check_vectors(gate, members)
     mixture = assemble(
         members,
         router=router,
@@ -59,6 +62,19 @@ def mix(
     if shots is None:
         return mixture
     return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+
+
+def _check_vectors(gate: GateChoice, members: Sequence[MixtureExpert]) -> None:
+    """Raises BadInput for an expert without the vectors that the gate knows experts by."""
+    if plugins.load("gate", gate.name).learned != "expert":
+        return
+    vectors = "phatgoose" if gate.name == "glider" else gate.name
+    for member in members:
+        if vectors not in member.card.gates:
+            raise BadInput(
+                f"expert {member.key!r} has no {vectors} vectors, which gate {gate.name} needs",
+                hint=f"make them with `xpert gate FOLDER ROWS --name {vectors}`, before it is published",
+            )
 
 
 def _named(refs: Sequence[str], registry: Registry) -> list[MixtureExpert]:

@@ -367,7 +367,7 @@ def _check_one_base(experts: Iterable[MixtureExpert], base: BaseModel | None) ->
             raise BadInput(
                 f"experts of different bases cannot be mixed: {first.key!r} belongs to {other.ref} "
                 f"({other.fingerprint[:12]}), {expert.key!r} to {own.ref} ({own.fingerprint[:12]})",
-                hint="choose experts of one base with --experts or --base",
+                hint="name experts of one base only",
             )
 
 

@@ -237,6 +237,11 @@ def load_engine(
     progress: Progress = SILENT,
 ) -> tuple[LanguageModel, Any]:
     """The base model of a mixture and an engine that holds all its experts. Errors as in `open_engine`."""
+    if mixture.gate is not None and not hasattr(plugins.load("engine", (engine or EngineChoice()).name), "gates"):
+        raise BadInput(
+            f"engine {(engine or EngineChoice()).name} has no token gates, and the mixture has {mixture.gate.name}",
+            hint=f"use --engine {ENGINE}, or a mixture without a gate",
+        )
     lm, opened = open_engine(
         mixture.base.ref,
         mixture.base.fingerprint,

@@ -131,3 +131,16 @@ def test_gates_that_mix_refuses(xpert: Run, tmp_path: Path, arguments: tuple[str
 def test_engines_that_are_wrong(choice: EngineChoice, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         choice.options()
+
+
+def test_a_gate_whose_vectors_an_expert_lacks(xpert: Run, mixed: Path, tmp_path: Path) -> None:
+    folders = ",".join(str(expert.folder) for expert in load_mixture(mixed).experts)
+    result = xpert("mix", "--experts", folders, "--gate", "glider", "-o", tmp_path / "m.json", "--quiet")
+    assert result.exit_code == 2
+    assert "has no phatgoose vectors, which gate glider needs" in result.stderr
+
+
+def test_an_engine_without_gates(mixed: Path) -> None:
+    mixture = load_mixture(gated(mixed, {"name": "arrow", "params": {}, "file": None, "fingerprint": None}))
+    with pytest.raises(BadInput, match="engine vllm-engine has no token gates, and the mixture has arrow"):
+        MixtureRunner.open(mixture, device="cpu", engine=EngineChoice("vllm-engine"))
