@@ -228,7 +228,7 @@ def _teach(student: _Student, lessons: Sequence[_Lesson], options: DistilOptions
                 if not math.isfinite(value):
                     raise BadInput(f"the loss is {value} at step {steps + 1}", hint="lower --learning-rate")
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
                 optimizer.step()
                 steps += 1
                 task.advance(1, f"loss {value:.4f}")

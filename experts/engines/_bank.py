@@ -329,7 +329,7 @@ class AdapterBank:
         try:
             if self._on_evict is not None:
                 self._on_evict(adapter)
-        except Exception as error:
+        except Exception as error:  # whatever the hook raises; the others are told first, then it is raised
             return error
         return None
 
@@ -582,7 +582,7 @@ def _serve(bank: ReferenceType[AdapterBank], wake: threading.Event) -> None:
                 return
             try:
                 more = alive._load_next()
-            except Exception as error:
+            except Exception as error:  # the thread has no caller: the defect is raised to those who ask and wait
                 with alive._lock:
                     if not alive._closed:
                         alive._defect = error  # said to all who ask and wait

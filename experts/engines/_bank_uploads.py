@@ -43,10 +43,10 @@ class Uploads:
 
         with torch.cuda.device(self.device):
             if self._stream is None:
-                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no types for it
             with torch.cuda.stream(self._stream):
                 adapter = packed.unpack(self.device, self.dtype)
-                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]  # nor for this
                 ready.record(self._stream)
         return adapter, ready
 

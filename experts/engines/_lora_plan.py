@@ -271,10 +271,10 @@ class Planner:
         if len(adapters) == 1:
             parts = adapters[0].modules.items()
             return {name: Stack(part.a, part.b, ((0, part.rank),)) for name, part in parts}
-        return self._stacks.get(_key(adapters), adapters, lambda: _concatenated(adapters))
+        return self._stacks.made(_key(adapters), adapters, lambda: _concatenated(adapters))
 
     def _module_gate(self, entry: GateEntry, site: str, adapters: tuple[Adapter, ...]) -> ModuleGate:
-        gates = self._gates.get((entry.number, _key(adapters)), adapters, dict)
+        gates = self._gates.made((entry.number, _key(adapters)), adapters, dict)
         if site not in gates:
             gates[site] = entry.gate.at(site, adapters)
         return gates[site]
@@ -296,7 +296,7 @@ class _Recent(OrderedDict[object, tuple[tuple[Adapter, ...], Value]]):
         self._bytes = 0
         self._lock = threading.RLock()
 
-    def get(self, key: object, adapters: tuple[Adapter, ...], make: Callable[[], Value]) -> Value:  # type: ignore[override]
+    def made(self, key: object, adapters: tuple[Adapter, ...], make: Callable[[], Value]) -> Value:
         with self._lock:
             if key not in self:
                 self[key] = (adapters, make())

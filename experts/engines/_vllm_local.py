@@ -46,7 +46,7 @@ class LocalBackend:
 
         try:
             self._engine = self._wait(start())
-        except Exception as error:
+        except Exception as error:  # vLLM raises of every kind when it cannot start
             self._stop_loop()
             raise Unavailable(f"vLLM does not start: {error}", where=str(engine_args.get("model"))) from error
         self._count = 0
@@ -63,13 +63,13 @@ class LocalBackend:
                 raise BadInput("vLLM refuses an adapter", where=str(adapter.folder))
         except XpertError:
             raise
-        except Exception as error:
+        except Exception as error:  # a ValueError is the adapter's fault, all else is vLLM's own trouble
             raise _error(error, f"vLLM refuses an adapter: {_words(error)}") from error
 
     def unload(self, adapter: Served) -> None:
         try:
             self._wait(self._engine.remove_lora(adapter.id))
-        except Exception as error:
+        except Exception as error:  # translated by kind, as in `load`
             raise _error(error, _words(error)) from error
 
     def open(self, ask: Ask) -> _LocalStream:
@@ -85,7 +85,7 @@ class LocalBackend:
 
         try:
             self._wait(run())
-        except Exception as error:
+        except Exception as error:  # translated by kind, as in `load`
             raise _error(error, _words(error)) from error
         return float(told[0][token].logprob)
 
@@ -159,7 +159,7 @@ class _LocalStream:
             async for output in self._backend.generate(self._ask, delta=True):
                 self._outputs.put(_chunk(output.outputs[0], self._ask.fields.get("logprobs")))
             self._outputs.put(None)
-        except Exception as error:
+        except Exception as error:  # the coroutine has no caller: the reader raises it
             self._outputs.put(error)
 
 

@@ -154,7 +154,7 @@ class VllmSession:
         """A request's own thread: its adapter, its tokens."""
         try:
             with_adapter(self._store, row.ask.experts, lambda served: self._read(row, served))
-        except Exception as error:
+        except Exception as error:  # the thread has no caller: `step` raises it
             self._events.put((row, error))
         finally:
             with self._lock:

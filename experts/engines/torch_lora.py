@@ -21,6 +21,7 @@ from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
 from xpert.experts.engines._bank import AdapterBank, ResidencyOptions
 from xpert.experts.engines._continuations import continuation_logprobs
+from xpert.experts.engines._driving import drive
 from xpert.experts.engines._lora_plan import GateEntry
 from xpert.experts.engines._passes import Passes
 from xpert.experts.engines._reply_text import ReplyText
@@ -146,28 +147,7 @@ class TorchEngine:
         `cancelled(id)` is asked before every step; a request it names gets no more pieces. Raises BadInput or NotFound
         for a request that cannot be answered.
         """
-        session = self.session()
-        source = iter(requests)
-        more = True
-        try:
-            while True:
-                while more and len(session.pending) < 2 * self.max_batch:
-                    request = next(source, None)
-                    if request is None:
-                        more = False
-                    else:
-                        session.submit(request)
-                if cancelled is not None:
-                    for request_id in session.pending:
-                        if cancelled(request_id):
-                            session.cancel(request_id)
-                yield from session.step()
-                for _, error in session.failures():
-                    raise error
-                if not more and session.idle:
-                    return
-        finally:
-            session.close()
+        yield from drive(self.session(), requests, read_ahead=2 * self.max_batch, cancelled=cancelled)
 
     def continuation_logprobs(
         self, requests: Sequence[EngineRequest], continuations: Sequence[tuple[int, ...]]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
+from xpert.experts.engines._driving import drive
 from xpert.experts.engines._vllm_adapters import (
     Expert,
     ExpertSet,
@@ -174,27 +175,7 @@ class VllmEngine:
         for a request that cannot be answered, Unavailable where vLLM is lost; the others are given up then, as they
         are when the caller stops reading.
         """
-        session = self.session()
-        source = iter(requests)
-        more = True
-        try:
-            while more or not session.idle:
-                while more and len(session.pending) < 2 * self.max_batch:
-                    request = next(source, None)
-                    if request is None:
-                        more = False
-                    else:
-                        session.submit(request)
-                if cancelled is not None:
-                    for request_id in session.pending:
-                        if cancelled(request_id):
-                            session.cancel(request_id)
-                yield from session.step()
-                for _, error in session.failures():
-                    raise error
-        finally:
-            for request_id in session.pending:
-                session.cancel(request_id)
+        yield from drive(self.session(), requests, read_ahead=2 * self.max_batch, cancelled=cancelled)
 
     def continuation_logprobs(
         self, requests: Sequence[EngineRequest], continuations: Sequence[tuple[int, ...]]
