@@ -38,10 +38,10 @@ def command(
     from xpert.data import read_rows
     from xpert.experts.distilling import distil
     from xpert.experts.merge_sources import read_sources
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
     settings = take(DistilOptions, options)
-    sources = read_sources(experts, Registry(location) if location is not None else None)
+    sources = read_sources(experts, open_registry(location) if location is not None else None)
     found = distil(
         sources,
         read_rows(rows),

@@ -41,7 +41,7 @@ def command(
     from xpert.experts.evaluate import usable_items
     from xpert.experts.score_report import write_score_report
     from xpert.experts.subjects import open_entrants, run_entrants
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
     from xpert.storage import check_output
 
     settings = take(EvalOptions, options)
@@ -49,7 +49,7 @@ def command(
         check_output(out)
     loaded = read_suite(suite, skip_metrics=settings.skip_metric)
     items = usable_items(loaded.items, settings)
-    entrants = open_entrants(subjects, Registry(location) if location is not None else None, base=base)
+    entrants = open_entrants(subjects, open_registry(location) if location is not None else None, base=base)
     if controls and not any(entrant.mixture and len(entrant.mixture.experts) > 1 for entrant in entrants):
         raise BadInput("--controls stand beside mixtures of several experts, and there is none", hint="leave it out")
     found = run_entrants(

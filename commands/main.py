@@ -3,7 +3,6 @@ become a line and an exit status."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 import xpert
+from xpert.commands.lazy import LazyCommands
 from xpert.errors import STOPPED, XpertError, nearest
 
 __all__ = ["cli"]
@@ -46,23 +46,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
-    """Imports a subcommand's module when it is asked for; translates errors into exit statuses."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"xpert.commands.{COMMANDS[name][0]}")
-        command = module.command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+class MainGroup(LazyCommands):
+    """The outermost group: translates errors into one line and an exit status."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
@@ -143,8 +128,10 @@ def _usage_line(error: click.UsageError) -> str:
         return message
     name = getattr(error, "option_name", None)
     if name is None and message.startswith("No such command"):
-        name, known = message.split("'")[1], list(COMMANDS)
-        close = nearest(name, getattr(context.command, "commands", None) or known)
+        group = context.command
+        known = group.list_commands(context) if isinstance(group, click.Group) else []
+        name = message.split("'")[1]
+        close = nearest(name, known)
     elif name is not None:
         flags = [flag for p in context.command.get_params(context) for flag in (*p.opts, *p.secondary_opts)]
         close = nearest(name, flags)
@@ -161,7 +148,12 @@ def _fail(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=MainGroup,
+    table=COMMANDS,
+    package="xpert.commands",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(xpert.__version__, prog_name="xpert")
 def cli() -> None:
     """From a handful of examples to a serving expert.

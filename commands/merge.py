@@ -57,12 +57,12 @@ def command(
     """
     from xpert.experts.merge_runs import compare, run_merge
     from xpert.experts.merge_sources import read_sources
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
     methods = [name.strip() for name in method.split(",") if name.strip()]
     if out is not None and len(methods) > 1:
         raise BadInput("several methods are compared, not written", hint="leave out -o, or name one method")
-    sources = read_sources(experts, Registry(location) if location is not None else None)
+    sources = read_sources(experts, open_registry(location) if location is not None else None)
     given: dict[str, Any] = {
         "rank": rank,
         "shots": shots,

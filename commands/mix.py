@@ -73,12 +73,12 @@ def command(
     from xpert.data import read_shots
     from xpert.experts.mixing import mix
     from xpert.experts.mixture import write_mixture
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
     if out.is_dir():
         raise BadInput("is a folder; a mixture is a file", where=str(out), hint="write -o FOLDER/mixture.json")
     mixture = mix(
-        Registry(location),
+        open_registry(location),
         router=router,
         router_params=pairs(params, option="--param"),
         experts=[ref.strip() for ref in experts.split(",") if ref.strip()] if experts is not None else None,

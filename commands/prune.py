@@ -45,14 +45,14 @@ def command(
     from xpert.experts.mixture import load_mixture
     from xpert.experts.pruning import prune
     from xpert.experts.usage import measure_usage, read_usage
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
     from xpert.storage import check_output
 
     settings = take(PruneOptions, options)
     if (prompts is None) == (usage is None):
         raise BadInput("pruning needs prompts of the task", hint="give one of --prompts FILE and --usage FILE")
     check_output(out)
-    loaded = load_mixture(mixture, Registry(location) if location is not None else None)
+    loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
     if usage is not None:
         found = read_usage(usage, loaded.keys)
     else:

@@ -29,10 +29,10 @@ def command(session: Session, mixture: str, prompts: Path, location: str | None)
     from xpert.data import read_prompts
     from xpert.experts.mixture import load_mixture
     from xpert.experts.routing import MixtureRouter, explain, route_request
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
     rows = read_prompts(prompts)
-    loaded = load_mixture(mixture, Registry(location) if location is not None else None)
+    loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
     router = MixtureRouter(loaded, seed=session.seed, device=session.device)
     routes = router.route([route_request(row) for row in rows])
     lines = [explain(row.id, route) for row, route in zip(rows, routes, strict=True)]

@@ -72,7 +72,7 @@ def command(
     from xpert.experts.mixture import load_mixture
     from xpert.experts.serving import EngineChoice, MixtureRunner
     from xpert.protocols import Sampling
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
     from xpert.storage import check_output
 
     if out.is_dir():
@@ -83,7 +83,7 @@ def command(
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
     rows = read_prompts(prompts)
-    loaded = load_mixture(mixture, Registry(location) if location is not None else None)
+    loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
     if base is not None:
         loaded = replace(loaded, base=replace(loaded.base, ref=base))
     lines = answer_file(

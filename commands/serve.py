@@ -53,11 +53,11 @@ def command(
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
     from xpert.experts.mixture import load_mixture
     from xpert.experts.serving import EngineChoice, MixtureRunner
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
-    loaded = load_mixture(mixture, Registry(location) if location is not None else None)
+    loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
     if base is not None:
         loaded = replace(loaded, base=replace(loaded.base, ref=base))
     with _bound(host, port) as listener:

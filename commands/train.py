@@ -94,7 +94,7 @@ def train_together(
 ) -> None:
     """`xpert train --mixture`: `given` are the options that the user wrote."""
     from xpert.experts.mixture_training import EXPERTS_OWN, train_mixture
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
     from xpert.storage import read_json
 
     gate, registry = options.pop("gate"), options.pop("registry")
@@ -112,7 +112,7 @@ def train_together(
         gate_params=pairs(options.pop("gate_param"), option="--gate-param"),
         freeze_experts=take(MixtureOptions, options).freeze_experts,
         base=base,
-        registry=Registry(registry) if registry else None,
+        registry=open_registry(registry) if registry else None,
         device=session.device,
         seed=session.seed,
         progress=session.progress,

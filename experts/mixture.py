@@ -372,9 +372,9 @@ def _check_one_base(experts: Iterable[MixtureExpert], base: BaseModel | None) ->
 
 
 def _registry(location: str | None) -> ExpertStore:
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
 
-    store: ExpertStore = Registry(location)
+    store: ExpertStore = open_registry(location)
     return store
 
 

@@ -64,9 +64,9 @@ def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
     if path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / CARD_FILE).is_file()):
         return Entrant(path.name or ref, ref)
     if not path.exists() and ref.count("/") == 1 and not ref.startswith((".", "/")):
-        from xpert.registry.store import Registry
+        from xpert.registry.opening import open_registry
 
-        store = registry or Registry()
+        store = registry or open_registry()
         try:
             store.resolve(ref)
         except NotFound:

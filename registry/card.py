@@ -14,11 +14,22 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.storage import read_json, write_json
 
-__all__ = ["CARD_FILE", "EXEMPLARS_FILE", "BaseModel", "ExpertCard", "Interval", "SkillProfile", "SkillScore"]
+__all__ = [
+    "CARD_FILE",
+    "EXEMPLARS_FILE",
+    "BaseModel",
+    "Consistency",
+    "ExpertCard",
+    "Interval",
+    "Prototypes",
+    "SkillProfile",
+    "SkillScore",
+]
 
 CARD_FILE = "expert.json"
 EXEMPLARS_FILE = "exemplars.jsonl"
-SCHEMA = 1
+SCHEMA = 2
+"""What `write` writes. Schema 1 had no consistency, clusters, keywords, prototypes and spent; it is read as it is."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +52,63 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Consistency:
+    """How evenly an expert does on probes that ask for one thing in several ways; n counts clusters of such probes.
+
+    `all_right`: the share of clusters whose every item is right. `agreement`: the mean over clusters of the chance that
+    two of its items, drawn without replacement, are both right or both wrong.
+    """
+
+    all_right: Interval
+    agreement: Interval
+
+
+@dataclass(frozen=True)
 class SkillScore:
-    """One skill of a profile. `choice` scores are accuracies by likelihood over choices, where items have choices:
-    they compare skill with the answer format taken out."""
+    """One skill (or cluster, or keyword) of a profile. `choice` scores are accuracies by likelihood over choices, where
+    items have choices: they compare skill with the answer format taken out."""
 
     metric: str
     expert: Interval
     base: Interval
     expert_choice: Interval | None = None
     base_choice: Interval | None = None
+    consistency: Consistency | None = None
+    base_consistency: Consistency | None = None
 
 
 @dataclass(frozen=True)
 class SkillProfile:
-    """Scores per skill on one suite."""
+    """Scores on one suite: per declared skill, per cluster of the items, and per keyword of theirs.
+
+    An item counts for each of its keywords. `how` says how clusters, keywords and related probes were found (the
+    embedder's identity, the language model's fingerprint or `telling-terms`); `figures` what the scoring took
+    (`items`, `seconds`, `tokens`, and `seconds_per_item` of the expert).
+    """
 
     suite: str
     suite_fingerprint: str
     skills: Mapping[str, SkillScore]
+    clusters: Mapping[str, SkillScore] = field(default_factory=dict)
+    keywords: Mapping[str, SkillScore] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Centroids [len(labels), dimensions] float32, L2-normalised, of an expert's exemplars, in one embedder's space.
+
+    They are the tensor `tensor` of `file` in the expert's folder; row i is of skill `labels[i]` ("" where none is
+    stated) and stands for `counts[i]` exemplars. Only vectors of the same `embedder` (its identity) may be compared.
+    """
+
+    embedder: str
+    dimensions: int
+    file: str
+    tensor: str
+    labels: tuple[str, ...]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,8 +116,9 @@ class ExpertCard:
     """`expert.json`.
 
     `selection` is what the training data was (method, budget, fingerprints of pool and shots), `training` the
-    configuration and figures, `licences` count the rows seen under each licence, `files` map names to sha256. `gates`:
-    for each token gate whose vectors are in the folder, of what and how they were made.
+    configuration and figures, `spent` the sums over all that was done to make it (`tokens`, `seconds`), `licences`
+    count the rows seen under each licence, `files` map names to sha256. `gates`: for each token gate whose vectors are
+    in the folder, of what and how they were made; `prototypes`: the same for routers that compare embeddings.
     """
 
     base: BaseModel
@@ -80,6 +131,8 @@ class ExpertCard:
     licences: Mapping[str, int] = field(default_factory=dict)
     profile: SkillProfile | None = None
     gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prototypes: tuple[Prototypes, ...] = ()
+    spent: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
 
@@ -100,6 +153,10 @@ class ExpertCard:
             plain["skills"] = tuple(value.get("skills", ()))
             if value.get("profile"):
                 plain["profile"] = _profile(value["profile"])
+            plain["prototypes"] = tuple(
+                Prototypes(**part | {"labels": tuple(part["labels"]), "counts": tuple(part["counts"])})
+                for part in value.get("prototypes", ())
+            )
             return cls(**plain)
         except (KeyError, TypeError, AttributeError) as error:
             raise Corrupt(f"the card is damaged: {error}", where=where) from None
@@ -121,19 +178,36 @@ class ExpertCard:
 
 
 def _profile(value: Mapping[str, Any]) -> SkillProfile:
+    return SkillProfile(
+        value["suite"],
+        value["suite_fingerprint"],
+        _scores(value["skills"]),
+        _scores(value.get("clusters", {})),
+        _scores(value.get("keywords", {})),
+        value.get("how", {}),
+        value.get("figures", {}),
+    )
+
+
+def _scores(value: Mapping[str, Any]) -> dict[str, SkillScore]:
     def interval(part: Mapping[str, Any] | None) -> Interval | None:
         return Interval(**part) if part else None
 
-    skills = {}
-    for skill, score in value["skills"].items():
+    def consistency(part: Mapping[str, Any] | None) -> Consistency | None:
+        return Consistency(Interval(**part["all_right"]), Interval(**part["agreement"])) if part else None
+
+    found = {}
+    for name, score in value.items():
         expert, base = interval(score["expert"]), interval(score["base"])
         if expert is None or base is None:
-            raise KeyError(f"scores of {skill}")
-        skills[skill] = SkillScore(
+            raise KeyError(f"scores of {name}")
+        found[name] = SkillScore(
             metric=score["metric"],
             expert=expert,
             base=base,
             expert_choice=interval(score.get("expert_choice")),
             base_choice=interval(score.get("base_choice")),
+            consistency=consistency(score.get("consistency")),
+            base_consistency=consistency(score.get("base_consistency")),
         )
-    return SkillProfile(value["suite"], value["suite_fingerprint"], skills)
+    return found

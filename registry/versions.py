@@ -20,7 +20,7 @@ from xpert.registry.blobs import Drafts, sync_folder
 from xpert.registry.names import NAME_PATTERN, check_name
 from xpert.storage import hash_json, read_json
 
-__all__ = ["Record", "RecordFolder", "StoredFile", "Version", "content_digest"]
+__all__ = ["Part", "Record", "RecordFolder", "StoredFile", "Version", "content_digest"]
 
 SCHEMA = 1
 KINDS = ("expert", "mixture")
@@ -66,19 +66,42 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a file that is a blob of its own: its sha256 and size in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if _SHA256.fullmatch(self.sha256) is None or type(self.size) is not int or self.size < 0:
+            raise BadInput("a part has no sound size and sha256")
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a version: its path inside the folder (`/` between parts), size in bytes and sha256."""
+    """A file of a version: its path inside the folder (`/` between parts), size in bytes and sha256.
+
+    With `parts` it lies in the store as these blobs, end to end; without, as the one blob of its own sha256.
+    """
 
     path: str
     size: int
     sha256: str
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        parts = self.path.split("/")
-        if len(parts) > 8 or not all(_PATH_PART.fullmatch(part) for part in parts):
+        names = self.path.split("/")
+        if len(names) > 8 or not all(_PATH_PART.fullmatch(name) for name in names):
             raise BadInput(f"{self.path!r} may not be the name of a file of an expert", hint="rename or remove it")
-        if _SHA256.fullmatch(self.sha256) is None or self.size < 0:
+        if _SHA256.fullmatch(self.sha256) is None or type(self.size) is not int or self.size < 0:
             raise BadInput(f"{self.path!r} has no sound size and sha256")
+        if self.parts and sum(part.size for part in self.parts) != self.size:
+            raise BadInput(f"the parts of {self.path!r} do not add up to its size")
+
+    @property
+    def blobs(self) -> tuple[Part, ...]:
+        """The blobs it lies in, in order."""
+        return self.parts or (Part(self.sha256, self.size),)
 
 
 @dataclass(frozen=True)

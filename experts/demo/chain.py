@@ -93,7 +93,7 @@ def run_demo(
     from xpert.experts.mixture import write_mixture
     from xpert.experts.train import train
     from xpert.pool_build import build_pool
-    from xpert.registry.store import Registry
+    from xpert.registry.opening import open_registry
     from xpert.selection import select
 
     clock = _Clock(progress)
@@ -130,7 +130,7 @@ def run_demo(
             train(selection.path, base, experts[skill], training, device=device, seed=seed, progress=progress)
             reports.append(experts[skill] / "report.html")
 
-    registry = Registry(out / "registry")
+    registry = open_registry(out / "registry")
     scorer = _Scorer(base, experts, items, device, seed, progress)
     with clock.step("profile", "Profiling: the base and every expert on every held-out item"):
         profiled = scorer.score(

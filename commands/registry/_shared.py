@@ -1,0 +1,61 @@
+"""What the commands of the registry share: the option that opens one, and how versions are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from xpert.commands.options import common_options
+from xpert.registry.card import Interval
+from xpert.registry.opening import open_registry
+from xpert.registry.store import Version
+
+__all__ = ["interval", "numbers_shown", "registry_options", "size_shown", "skills_shown", "table"]
+
+
+def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--registry besides the common options; the function receives the open `registry`."""
+    return click.option(
+        "--registry",
+        callback=lambda context, parameter, value: open_registry(value),
+        metavar="URL",
+        help="A folder or file:// URL.  [default: $XPERT_REGISTRY, or the user's data folder]",
+    )(common_options(function))
+
+
+def interval(value: dict[str, Any]) -> str:
+    interval = Interval(**value)
+    return f"{interval.score:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def skills_shown(version: Version) -> str:
+    shown = ", ".join(version.skills[:3])
+    return f"{shown} +{len(version.skills) - 3}" if len(version.skills) > 3 else shown or "-"
+
+
+def numbers_shown(versions: Sequence[int]) -> str:
+    """`1-3,5`: runs of versions."""
+    runs: list[list[int]] = []
+    for version in versions:
+        if runs and runs[-1][1] == version - 1:
+            runs[-1][1] = version
+        else:
+            runs.append([version, version])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def size_shown(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,31 @@
+"""`xpert registry list`."""
+
+from __future__ import annotations
+
+import click
+
+from xpert.commands.options import Session
+from xpert.commands.registry._shared import numbers_shown, registry_options, size_shown, skills_shown, table
+from xpert.registry.store import Registry
+
+__all__ = ["command"]
+
+
+@click.command()
+@registry_options
+def command(session: Session, registry: Registry) -> None:
+    """List all names with their latest version."""
+    entries = registry.list()
+    value = [{**entry.latest.to_dict(), "ref": entry.latest.ref, "versions": list(entry.versions)} for entry in entries]
+    text = table(
+        ("NAME", "VERSIONS", "KIND", "BASE", "SKILLS", "SIZE", "CREATED"),
+        [
+            (
+                *(entry.latest.name, numbers_shown(entry.versions), entry.latest.kind, entry.latest.base or "-"),
+                *(skills_shown(entry.latest), size_shown(entry.latest.size), entry.latest.created),
+            )
+            for entry in entries
+        ],
+    )
+    empty = f"nothing is published in {registry.folder} yet"
+    session.result({"registry": str(registry.folder), "entries": value}, text if entries else empty)
