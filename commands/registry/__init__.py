@@ -16,8 +16,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("show", "Show a version's card, skill profile and files."),
     "search": ("search", "Search names, descriptions and skills."),
     "verify": ("verify", "Read every file and check it."),
+    "tag": ("tag", "Move a tag, such as `stable`, to a version."),
+    "untag": ("untag", "Take a tag away from a name."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
     "gc": ("collect", "Remove files that no version needs."),
+    "rebuild": ("rebuild", "Make names and index again from the blobs."),
 }
 
 
