@@ -27,7 +27,7 @@ from xpert.errors import BadInput
 from xpert.storage import disk_errors
 
 if TYPE_CHECKING:
-    from xpert.experts.exporting.export import Source
+    from xpert.experts.exporting.source import Source
     from xpert.model_files import ModelFiles
 
 __all__ = ["ARCHITECTURES", "Architecture", "GgufLora", "gguf_lora", "write_gguf"]
@@ -82,11 +82,11 @@ def write_gguf(source: Source, files: ModelFiles, out: Path, *, dtype: str) -> d
 
     adapter = gguf_lora(source.folder, files)
     kinds = {
-        "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-        "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-        "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+        "float32": gguf.GGMLQuantizationType.F32,
+        "float16": gguf.GGMLQuantizationType.F16,
+        "bfloat16": gguf.GGMLQuantizationType.BF16,
     }
-    kind, file_type = kinds[dtype]
+    kind = kinds[dtype]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -97,7 +97,6 @@ def write_gguf(source: Source, files: ModelFiles, out: Path, *, dtype: str) -> d
             writer.add_name(source.name)
             if source.card is not None:
                 writer.add_description(source.card.description)
-            writer.add_file_type(file_type)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
             for name, pair in adapter.pairs.items():

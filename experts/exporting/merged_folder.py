@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from xpert.experts.adapters import LowRank
-    from xpert.experts.exporting.export import Source
+    from xpert.experts.exporting.source import Source
     from xpert.model_files import ModelFiles
 
 __all__ = ["MAX_SHARD", "add_updates", "write_merged"]
@@ -34,8 +34,7 @@ def write_merged(source: Source, files: ModelFiles, out: Path, *, dtype: str, de
     from xpert.language_model import load_model, quiet_transformers
 
     read_adapter("exported", source.folder, bare_base(files))  # before gigabytes are read: does it fit?
-    ref = files.ref if files.on_hub or files.gguf else str(files.folder)
-    lm = load_model(ref, device=device, dtype="float32")
+    lm = load_model(str(files.gguf or files.folder), device=device, dtype="float32")
     updates = read_updates(source.folder)
     add_updates(lm.model, updates)
     model = lm.model.to(getattr(torch, dtype))

@@ -15,7 +15,7 @@ from xpert.registry.card import CARD_FILE
 from xpert.storage import draft_folder, read_json, write_file, write_json
 
 if TYPE_CHECKING:
-    from xpert.experts.exporting.export import Source
+    from xpert.experts.exporting.source import Source
 
 __all__ = ["write_peft"]
 
@@ -64,7 +64,7 @@ def _base(source: Source, given: str | None) -> tuple[str | None, str | None]:
         return (str(Path(named).resolve()), None) if named and Path(named).is_dir() else (named, revision)
     files = find_model(given)
     if files.gguf:
-        raise BadInput("is a GGUF file, which peft does not load", where=given, hint="give a model folder or a hub name")
+        raise BadInput("is a GGUF file, which peft does not load", where=given, hint="give a folder or a hub name")
     name, _, revision = given.partition("@")
     return (name, revision or None) if files.on_hub else (str(files.folder.resolve()), None)
 
