@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list_names", "List all names with their latest version."),
     "show": ("show", "Show a version's card, skill profile and files."),
     "search": ("search", "Search names, descriptions and skills."),
+    "site": ("site", "Write the registry as a folder of web pages."),
     "verify": ("verify", "Read every file and check it."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
     "gc": ("collect", "Remove files that no version needs."),
