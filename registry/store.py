@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xpert.errors import BadInput, Corrupt, NotFound, nearest
+from xpert.errors import BadInput, Corrupt, NotFound, XpertError, nearest
 from xpert.progress import SILENT, Progress
 from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
@@ -351,7 +351,26 @@ class Registry:
         with self._open() as index:
             version = self._resolve(index, parse_ref(ref))
             numbers = tuple(other.version for other in index.versions(version.name))
+<<<<<<< HEAD
             tags = _tags(index, version.name)
+=======
+        return self._details(version, numbers)
+
+    def survey(self) -> Iterator[tuple[Version, Details | XpertError]]:
+        """Every version, by name and number, with what `show` tells of it, or the error that `show` would raise."""
+        with self._open() as index:
+            every = index.all()
+        numbers: dict[str, builtins.list[int]] = {}
+        for version in every:
+            numbers.setdefault(version.name, []).append(version.version)
+        for version in every:
+            try:
+                yield version, self._details(version, tuple(numbers[version.name]))
+            except XpertError as error:
+                yield version, error
+
+    def _details(self, version: Version, numbers: tuple[int, ...]) -> Details:
+>>>>>>> site
         record = self._read(version)
         name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
         file = next(file for file in record.files if file.path == name)
