@@ -37,7 +37,7 @@ _NO_STORES = {
 }
 _SAME = {"s3a": "s3", "gcs": "gs", "ssh": "sftp", "az": "abfs", "abfss": "abfs", "tosfs": "tos", "arrow_hdfs": "hdfs"}
 _DOCUMENT = re.compile(r"records/(?P<name>[^/@]+/[^/@]+@[^/]+\.json)")
-_BLOB = re.compile(r"blobs/([0-9a-f]{2})/([0-9a-f]{62})")
+_BLOB = re.compile(r"blobs/(?P<document>documents/)?(?P<first>[0-9a-f]{2})/(?P<rest>[0-9a-f]{62})")
 
 
 class ObjectStore:
@@ -160,7 +160,7 @@ class ObjectStore:
         garbage = {}
         for name, info in self.files.find("blobs").items():
             match = _BLOB.fullmatch(name)
-            if match is not None and match[1] + match[2] not in needed and _age(info) > GRACE:
+            if match is not None and match["first"] + match["rest"] not in needed and _age(info) > GRACE:
                 garbage[name] = int(info["size"])
 
         def drop(name: str) -> None:
@@ -189,15 +189,16 @@ class ObjectStore:
                 continue
             for file in record.files:
                 for part in file.blobs:
-                    needed.add(part.sha256)
-                    if state.get(part.sha256, "missing"):
-                        yield Problem(f"{ref}: {file.path}", f"{state.get(part.sha256, 'missing')} in {self.location}")
-        for sha256, what in state.items():
-            if what and sha256 not in needed:
-                yield Problem(f"blob {sha256}", f"{what} in {self.location}")
+                    needed.add(_blob(part.sha256))
+                    what = state.get(_blob(part.sha256), "missing")
+                    if what:
+                        yield Problem(f"{ref}: {file.path}", f"{what} in {self.location}")
+        for name, what in sorted(state.items()):
+            if what and name not in needed:
+                yield Problem(f"{self.location}/{name}", what)
 
     def _read_contents(self, stored: Mapping[str, Info], progress: Progress) -> tuple[dict[str, str], list[Problem]]:
-        """sha256 -> what is wrong with it, or ""."""
+        """(name -> what is wrong with it, or ""; what does not belong there)."""
         strangers = [
             Problem(f"{self.location}/{name}", "does not belong here") for name in stored if not _BLOB.fullmatch(name)
         ]
@@ -212,8 +213,8 @@ class ObjectStore:
                     told(len(data))
             except NotFound:
                 return  # swept since it was listed
-            sha256 = name.removeprefix("blobs/").replace("/", "")
-            state[sha256] = "" if digest.hexdigest() == sha256 else "damaged: its content does not match its sha256"
+            sound = name.endswith(_blob(digest.hexdigest()).removeprefix("blobs/"))
+            state[name] = "" if sound else "damaged: its content does not match its sha256"
 
         names = [name for name in sorted(stored) if _BLOB.fullmatch(name)]
         total = sum(int(stored[name]["size"]) for name in names)
@@ -229,8 +230,8 @@ class ObjectStore:
         except XpertError as error:
             yield Problem(document, f"{error.what} in {self.location}")
             return
-        if hashlib.sha256(data).hexdigest() not in state:
-            yield Problem(document, f"not what was written: it has no copy among the blobs of {self.location}")
+        if state.get(_copy(data), "missing"):
+            yield Problem(document, f"not what was written: it has no sound copy among the blobs of {self.location}")
 
     # ── the mark ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,11 +271,16 @@ class ObjectStore:
 
     def _put_document(self, data: bytes) -> None:
         """The document's own blob, from which its place among the records can be made again."""
-        self.files.put(_blob(hashlib.sha256(data).hexdigest()), data)
+        self.files.put(_copy(data), data)
 
 
 def _blob(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256[2:]}"
+
+
+def _copy(document: bytes) -> str:
+    sha256 = hashlib.sha256(document).hexdigest()
+    return f"blobs/documents/{sha256[:2]}/{sha256[2:]}"
 
 
 def _age(info: Info) -> float:
