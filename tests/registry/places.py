@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from xpert.registry.blobs import BlobStore, Drafts
 from xpert.registry.remote import Remote
 from xpert.registry.remotes.object_store import ObjectStore
 from xpert.registry.versions import Part, Record, StoredFile, Version, content_digest
-from xpert.storage import hash_json
 
 STORES = ("memory_place", "folder_place", "s3_place")
 """Places that fsspec reaches."""
@@ -130,8 +130,6 @@ def make_version(
     folder: Path, files: dict[str, list[bytes]], *, name: str = "acme/sums", number: int = 1, created: str = "now"
 ) -> tuple[Record, bytes, BlobStore]:
     """A version of files that are given as their parts: its record, its document, and the store that holds it."""
-    import hashlib
-
     store, stored = BlobStore(folder / "blobs", Drafts(folder / "drafts")), []
     for path, parts in files.items():
         for data in parts:
@@ -144,12 +142,4 @@ def make_version(
     held = tuple(stored)
     version = Version(name, number, "expert", content_digest(held), created, sum(file.size for file in held))
     record = Record(version, held)
-    return record, _document(record), store
-
-
-def _document(record: Record) -> bytes:
-    import json
-
-    value = record.to_dict()
-    assert hash_json({key: item for key, item in value.items() if key != "checksum"}) == value["checksum"]
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return record, record.to_bytes(), store
