@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from xpert.commands.options import Session
@@ -17,27 +19,31 @@ def command(session: Session, registry: Registry) -> None:
     """List all names with their latest version."""
     entries = registry.list()
     value = [
-        {**entry.latest.to_dict(), "ref": entry.latest.ref, "versions": list(entry.versions), "tags": dict(entry.tags)}
+        {
+            **entry.latest.to_dict(),
+            "ref": entry.latest.ref,
+            "versions": list(entry.versions),
+            "tags": dict(entry.tags),
+        }
         for entry in entries
     ]
-    text = table(
+    empty = f"nothing is published in {registry.location} yet"
+    result = {"registry": registry.location, "entries": value}
+    session.result(result, lambda: _text(entries) if entries else empty)
+
+
+def _text(entries: Sequence[Entry]) -> str:
+    return table(
         ("NAME", "VERSIONS", "TAGS", "KIND", "BASE", "SKILLS", "SIZE", "CREATED"),
         [
             (
-                *(
-                    entry.latest.name,
-                    numbers_shown(entry.versions),
-                    _tags(entry),
-                    entry.latest.kind,
-                    entry.latest.base or "-",
-                ),
-                *(skills_shown(entry.latest), size_shown(entry.latest.size), entry.latest.created),
+                *(entry.latest.name, numbers_shown(entry.versions), _tags(entry), entry.latest.kind),
+                *(entry.latest.base or "-", skills_shown(entry.latest), size_shown(entry.latest.size)),
+                entry.latest.created,
             )
             for entry in entries
         ],
     )
-    empty = f"nothing is published in {registry.location} yet"
-    session.result({"registry": registry.location, "entries": value}, text if entries else empty)
 
 
 def _tags(entry: Entry) -> str:
