@@ -176,14 +176,8 @@ class Repository:
         inside = [path for path in sorted(commit.tree) if path.startswith(prefix)]
         if prefix and not inside:
             raise Refusal(404, f"{under} does not exist on {commit.oid}", "EntryNotFound")
-        folders = {
-            folder
-            for path in inside
-            for folder in _folders(path)
-            if len(folder) >= len(prefix) and prefix in folder + "/"
-        }
-        folders.discard(prefix.rstrip("/"))
-        found = [
+        folders = {folder for path in inside for folder in _folders(path) if folder.startswith(prefix)}
+        found: list[dict[str, Any]] = [
             {"type": "directory", "path": f, "size": 0, "oid": hashlib.sha1(f.encode()).hexdigest()} for f in folders
         ]
         found += [commit.tree[path].described(path) for path in inside]
