@@ -17,7 +17,7 @@ from xpert.errors import BadInput, NotFound, Unavailable, XpertError
 from xpert.registry.remotes._hub_layout import Entry, Head
 from xpert.registry.remotes._transfer import Told, in_parallel
 
-__all__ = ["LARGE", "WAITS", "HubClient", "Moved", "Stretch", "endpoint_shown"]
+__all__ = ["LARGE", "WAITS", "HubClient", "Moved", "Stretch", "endpoint_shown", "passing"]
 
 T = TypeVar("T")
 WAITS = (0.5, 1.0, 2.0, 4.0)
@@ -37,7 +37,9 @@ def endpoint_shown() -> str:
     """The address that HF_ENDPOINT asks for, without credentials; "" for the Hub itself."""
     address = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
     parts = urlsplit(address)
-    return "" if not address or parts.hostname == "huggingface.co" else f"{parts.scheme}://{parts.netloc.split('@')[-1]}"
+    return (
+        "" if not address or parts.hostname == "huggingface.co" else f"{parts.scheme}://{parts.netloc.split('@')[-1]}"
+    )
 
 
 class HubClient:
@@ -120,7 +122,7 @@ class HubClient:
         with self.errors():
             if get_token() is None:
                 return []
-            who = self.ask(self.api.whoami, cache=True)
+            who = self.ask(self.api.whoami)
         return [str(who["name"]), *(str(organization["name"]) for organization in who.get("orgs") or ())]
 
     def small(self, repository: str, revision: str, path: str, most: int) -> bytes:
@@ -152,6 +154,7 @@ class HubClient:
         large = [addition for addition in additions if addition.upload_info.size >= LARGE]
         with self.errors(repository), _quiet():
             in_parallel(send, large, workers)
+        told(sum(addition.upload_info.size for addition in additions if addition.upload_info.size < LARGE))
 
     def commit(self, repository: str, operations: Iterable[Any], title: str, parent: str) -> str:
         """All operations in one commit upon `parent`, and its hash; raises Moved where `main` is not there any more."""
@@ -172,9 +175,8 @@ class HubClient:
 
     def untag(self, repository: str, tag: str) -> None:
         """Deletes a git tag; that it is gone already is no fault."""
-        with self.errors(repository), suppress(NotFound):
-            with self.errors(repository):
-                self.ask(self.api.delete_tag, repository, tag=tag)
+        with suppress(NotFound), self.errors(repository):
+            self.ask(self.api.delete_tag, repository, tag=tag)
 
 
 class Stretch:
@@ -213,10 +215,10 @@ class Stretch:
 
     def _open(self, start: int) -> None:
         from huggingface_hub import get_session
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+        utils = _utils()
         self.close()
-        headers = {**build_hf_headers(library_name="xpert"), "Accept-Encoding": "identity"}
+        headers = {**utils.build_hf_headers(library_name="xpert"), "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
         session = get_session()
@@ -227,7 +229,7 @@ class Stretch:
         if response.status_code == 416:  # the file ends before
             self._chunks = iter(())
             return
-        hf_raise_for_status(response)
+        utils.hf_raise_for_status(response)
         self._chunks = response.iter_bytes()
         if start and response.status_code != 206:  # told from the beginning all the same
             self._at = 0
@@ -250,19 +252,26 @@ class Stretch:
 def _quiet() -> Iterator[None]:
     """The client's own bars and its warnings, which show addresses that storage was opened with, are kept back."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    level = logging.get_verbosity()
+    utils = _utils()
+    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled()
+    level = utils.logging.get_verbosity()
     if bars:
-        disable_progress_bars()
-    logging.set_verbosity_error()
+        utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        utils.logging.set_verbosity(level)
         if bars:
-            enable_progress_bars()
+            utils.enable_progress_bars()
+
+
+def _utils() -> Any:
+    """The client's documented tools, which its types do not list as exported."""
+    from huggingface_hub import utils
+
+    return utils
 
 
 def _status(error: BaseException) -> int | None:
@@ -324,7 +333,9 @@ def _refusal(error: Any, where: str) -> Exception:
         return BadInput("there is nothing there, or it is private and you are not logged in", where=where, hint=_LOG_IN)
     if status == 403:
         return BadInput(
-            f"your token may not do this{_said(said)}", where=where, hint="use a token with write access to the namespace"
+            f"your token may not do this{_said(said)}",
+            where=where,
+            hint="use a token with write access to the namespace",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return NotFound("there is no such repository, or your token does not see it", where=where)

@@ -127,7 +127,7 @@ def git_oid(data: bytes) -> str:
 
 
 def git_tag(document: DocumentName) -> str | None:
-    """The git tag beside a tag's document; None for `latest`, which is `main`, and for what would pass for a version."""
+    """The git tag beside a tag's document; None for `latest`, which is `main`, and for what looks like a version's."""
     tag = document.tag
     return None if tag is None or tag in (LATEST, "main") or _VERSION_TAG.fullmatch(tag) else tag
 
