@@ -242,7 +242,7 @@ class HubRepository:
         return self.client.head(self.name)
 
     def _upload(self, operations: Sequence[Any], told: Told | None) -> None:
-                additions = [operation for operation in operations if hasattr(operation, "upload_info")]
+        additions = [operation for operation in operations if hasattr(operation, "upload_info")]
         self.client.upload(self.name, additions, told or (lambda count: None), WORKERS)
 
     def _align_tags(self, head: Head, published: Mapping[str, str], moved: Tag | None = None) -> None:

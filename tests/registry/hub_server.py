@@ -68,6 +68,7 @@ class HubServer:
         self.state = HubState()
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # the Range of every download from storage, or ""
         self.page = page  # entries a page of listings
         self.part = part  # bytes a part of multi-part uploads; None: always in one
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -436,6 +437,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def cdn_get(self, id: str, oid: str) -> tuple[int, dict[str, str], bytes]:
         self._signed()
+        self.hub.ranges.append(self.headers.get("Range") or "")
         return self._ranged(self.hub.repository(id).lfs[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def _signed(self) -> None:
