@@ -351,26 +351,24 @@ class Registry:
         with self._open() as index:
             version = self._resolve(index, parse_ref(ref))
             numbers = tuple(other.version for other in index.versions(version.name))
-<<<<<<< HEAD
             tags = _tags(index, version.name)
-=======
-        return self._details(version, numbers)
+        return self._details(version, numbers, tags)
 
     def survey(self) -> Iterator[tuple[Version, Details | XpertError]]:
         """Every version, by name and number, with what `show` tells of it, or the error that `show` would raise."""
         with self._open() as index:
             every = index.all()
+            tags = {version.name: _tags(index, version.name) for version in every}
         numbers: dict[str, builtins.list[int]] = {}
         for version in every:
             numbers.setdefault(version.name, []).append(version.version)
         for version in every:
             try:
-                yield version, self._details(version, tuple(numbers[version.name]))
+                yield version, self._details(version, tuple(numbers[version.name]), tags[version.name])
             except XpertError as error:
                 yield version, error
 
-    def _details(self, version: Version, numbers: tuple[int, ...]) -> Details:
->>>>>>> site
+    def _details(self, version: Version, numbers: tuple[int, ...], tags: Mapping[str, int]) -> Details:
         record = self._read(version)
         name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
         file = next(file for file in record.files if file.path == name)
