@@ -271,17 +271,21 @@ class Registry:
             self._refuse_lost(index)
             needed: set[str] = set()
             in_force: set[str] = set()
+            ended: builtins.list[Path] = []
             for document in self.records.documents():
-                if document.kind == "record":
+                if document.kind in ("record", "signatures"):
                     assert document.version is not None
                     if self.records.removed(document.name, document.version):
+                        ended.append(self.records.path(document))  # its remover died after the mark
                         continue
+                if document.kind == "record":
+                    assert document.version is not None
                     for file in self.records.read(document.name, document.version).files:
                         needed.update(part.sha256 for part in file.blobs)
                 in_force.add(hashlib.sha256(self.records.read_bytes(document)).hexdigest())
             garbage = [path for sha256, path in self.blobs.all() if sha256 and sha256 not in needed]
             garbage += [path for sha256, path in self.records.copies.all() if sha256 and sha256 not in in_force]
-            garbage += self.drafts.stale()
+            garbage += [*ended, *self.drafts.stale()]
             size = sum(path.lstat().st_size for path in garbage)
             for path in garbage if not dry_run else ():
                 path.unlink(missing_ok=True)
