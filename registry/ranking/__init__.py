@@ -1,0 +1,16 @@
+"""One order of experts out of scores on several tasks.
+
+    matrix.py      what the cards of a registry say, as tasks x systems
+    borda.py       points by ranks
+    kemeny.py      the order of least disagreement        (subsets.py: exact; moves.py: by moves)
+    means.py       mean scores, with what speaks against them
+    pairwise.py    strengths out of who beat whom          (contests.py: the wins, and files of them)
+    bootstrap.py   how sure points, places and first places are
+    pareto.py      score beside rank, size and latency
+    leaderboard.py all of it over one matrix
+"""
+
+from xpert.registry.ranking.borda import Scores, average_ranks, borda
+from xpert.registry.ranking.kemeny import Consensus, disagreement, kemeny
+
+__all__ = ["Consensus", "Scores", "average_ranks", "borda", "disagreement", "kemeny"]
