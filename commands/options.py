@@ -129,6 +129,7 @@ def config_options(
                 command = click.option(f"{flag}/--no-{flag[2:]}", **shown)(command)
             elif many:
                 shown["default"] = ",".join(str(item) for item in field.default)
+                shown["show_default"] = bool(field.default)
                 command = click.option(flag, metavar="A,B,...", **shown)(command)
             elif field.metadata.get("choices"):
                 command = click.option(flag, metavar="|".join(field.metadata["choices"]), **shown)(command)

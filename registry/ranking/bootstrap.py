@@ -19,11 +19,14 @@ from xpert.registry.ranking.kemeny import best_of
 from xpert.registry.ranking.means import tasks_to_mean
 from xpert.registry.ranking.pairwise import PRIOR, strengths_of
 
-__all__ = ["DRAWS", "Noise", "Sureness", "again", "again_contests", "sureness"]
+__all__ = ["DIGITS", "DRAWS", "Noise", "Sureness", "again", "again_contests", "sureness"]
 
 DRAWS = 1000
 CELLS = 4_000_000
 """How many numbers of one block of draws are held at once."""
+
+DIGITS = 9
+"""Decimals of points that are ranked: what lies below is rounding of equal sums."""
 
 Floats = NDArray[np.float64]
 
@@ -94,7 +97,7 @@ def again_contests(contests: Contests, *, draws: int = DRAWS, seed: int = 0, pri
 
 def sureness(points: Floats) -> Sureness:
     """points [draws, n], NaN where a draw says nothing of a system -> what they spread over."""
-    ranks = ranks_of(points)
+    ranks = ranks_of(np.round(points, DIGITS))
     best = ranks == np.nanmin(ranks, axis=1, keepdims=True)
     first = (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
     low, high = _middle(points, "linear", "linear")
@@ -177,9 +180,14 @@ def _kemeny(seed: int) -> Callable[[NDArray[np.int64], Floats], Floats]:
         starts = np.argsort(-np.nan_to_num(_borda(counts, scores), nan=-1.0), axis=1, kind="stable")
         known = _over_known(counts, scores)[1] > 0
         places = np.full(known.shape, np.nan)
+        rng = np.random.default_rng(seed)
         for draw, prefer in enumerate(_weighed(counts, above)):
-            order, _, _ = best_of(np.rint(prefer).astype(np.int64), starts[draw], seed=seed, kicks=0)
-            ranked = [system for system in order if known[draw, system]]
+            # Of equal orders the first by number is found, so systems are numbered anew: none profits by its name.
+            numbers = rng.permutation(len(prefer))
+            start = np.argsort(numbers)[starts[draw]]
+            renumbered = np.rint(prefer[np.ix_(numbers, numbers)]).astype(np.int64)
+            order, _, _ = best_of(renumbered, start, seed=seed, kicks=0)
+            ranked = [system for system in numbers[order] if known[draw, system]]
             places[draw, ranked] = np.arange(1, len(ranked) + 1)
         return -places
 
