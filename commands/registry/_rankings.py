@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +33,8 @@ def leaderboard_shown(found: Leaderboard) -> str:
     if found.weighed:
         rows = [(system, f"{value:.3f}") for system, value in found.weighed.values.items()]
         costs = " - ".join(f"{weight:g} {cost}" for cost, weight in found.weighed.weights.items())
-        title = f"{UNITS[found.rankings[0].method]} - {costs} (as shares of the highest): {found.weighed.choice}"
+        what = f"{UNITS[found.rankings[0].method]} - {costs}"
+        title = f"the choice is {found.weighed.choice}: worth = {what} (costs as shares of the highest)"
         parts.append(f"{title}\n{table(('EXPERT', 'WORTH'), rows)}")
     notes = [f"note: {warning}" for warning in found.warnings]
     notes += [f"left out: {ref}, {reason}" for ref, reason in matrix.left_out.items()]
@@ -129,10 +130,10 @@ def _front(found: Leaderboard, front: Front) -> str:
 
 
 def _objectives(values: Mapping[str, float], objectives: Sequence[str]) -> list[str]:
-    shown = {
-        "score": lambda value: f"{value:.3f}",
-        "rank": lambda value: f"{value:g}",
+    shown: dict[str, Callable[[float], str]] = {
+        "score": "{:.3f}".format,
+        "rank": "{:g}".format,
         "size": size_shown,
-        "latency": lambda value: f"{value:.3g} s",
+        "latency": "{:.3g} s".format,
     }
     return [shown[o](values[o]) if o in values else "-" for o in objectives]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,9 +13,6 @@ from xpert.commands.registry._shared import registry_options
 from xpert.errors import BadInput
 from xpert.registry.ranking.leaderboard import RankOptions, leaderboard, rank_contests
 from xpert.registry.store import Registry
-
-if TYPE_CHECKING:
-    from xpert.registry.ranking.contests import Contests
 
 __all__ = ["command"]
 

@@ -8,6 +8,8 @@
     bootstrap.py   how sure points, places and first places are
     pareto.py      score beside rank, size and latency
     leaderboard.py all of it over one matrix
+
+The methods take plain scores (task -> system -> score); none reads a registry.
 """
 
 from xpert.registry.ranking.borda import Scores, average_ranks, borda

@@ -35,16 +35,18 @@ class Contests:
         """[n, n]: how often a beat b, ties as half; with other counts of the outcomes if given."""
         n = len(self.systems)
         times = self.count if count is None else count
-        found = np.bincount(self.first * n + self.second, times * self.share, n * n)
+        found = np.zeros(n * n)
+        found += np.bincount(self.first * n + self.second, times * self.share, n * n)
         found += np.bincount(self.second * n + self.first, times * (1 - self.share), n * n)
         return found.reshape(n, n)
 
 
 def task_wins(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """scores [..., n] -> [..., n, n]: 1 where a scores above b, 0.5 where they are equal, 0 else and on the diagonal."""
+    """scores [..., n] -> [..., n, n]: 1 where a scores above b, 0.5 where they are equal; the diagonal is 0."""
     above = (array[..., :, None] > array[..., None, :]).astype(np.float64)
     equal = (array[..., :, None] == array[..., None, :]) & ~np.eye(array.shape[-1], dtype=bool)
-    return above + 0.5 * equal
+    found: NDArray[np.float64] = above + 0.5 * equal
+    return found
 
 
 def contests_of(scores: Scores) -> Contests:

@@ -81,7 +81,7 @@ def preferences(array: NDArray[np.float64]) -> NDArray[np.int64]:
 def best_of(
     prefer: NDArray[np.int64], start: NDArray[np.int64], *, seed: int, kicks: int
 ) -> tuple[list[int], list[list[int]], int]:
-    """(the order, its components, the least disagreement any order can have); `start` is an order to be no worse than."""
+    """(the order, its components, a bound that no order's disagreement is below); no worse than the order `start`."""
     gain = prefer - prefer.T
     bound = int(np.minimum(prefer, prefer.T).sum()) // 2
     order: list[int] = []

@@ -24,7 +24,16 @@ from xpert.registry.ranking.pareto import Front, Weighed, expert_costs, pareto, 
 if TYPE_CHECKING:
     from xpert.registry.store import Details
 
-__all__ = ["METHODS", "Leaderboard", "RankOptions", "Ranking", "Standing", "leaderboard", "rank_contests", "rank_matrix"]
+__all__ = [
+    "METHODS",
+    "Leaderboard",
+    "RankOptions",
+    "Ranking",
+    "Standing",
+    "leaderboard",
+    "rank_contests",
+    "rank_matrix",
+]
 
 METHODS = ("borda", "kemeny", "mean", "bradley-terry")
 UNITS = {

@@ -51,8 +51,8 @@ def mean_scores(scores: Scores, *, over: str = "common", metrics: Mapping[str, s
 def tasks_to_mean(array: NDArray[np.float64], over: str) -> NDArray[np.bool_]:
     """[tasks]: which tasks count. Raises BadInput where no task is common to all systems."""
     if over == "own":
-        return np.isfinite(array).any(axis=1)
-    common: NDArray[np.bool_] = np.isfinite(array).all(axis=1)
+        return np.asarray(np.isfinite(array).any(axis=1))
+    common = np.asarray(np.isfinite(array).all(axis=1))
     if array.size and not common.any():
         raise BadInput(
             "no task is common to all, so there is no mean to compare",

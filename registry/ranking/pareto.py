@@ -24,7 +24,7 @@ __all__ = ["COSTS", "OBJECTIVES", "Front", "Weighed", "expert_costs", "pareto", 
 COSTS = ("rank", "size", "latency")
 """Lower is better: the adapter's rank, the bytes of its weights, seconds an item."""
 OBJECTIVES = ("score", *COSTS)
-MENDING = {"latency": "profile it anew, or give --latency FILE", "rank": "its adapter configuration names no r"}
+MENDING = {"latency": "profile anew, or give --latency FILE", "rank": "its adapter configuration must name r"}
 
 Values = Mapping[str, Mapping[str, float]]
 """system -> objective -> value; one that is not known is left out."""
@@ -57,17 +57,21 @@ class Weighed:
 def pareto(values: Values, objectives: Sequence[str]) -> Front:
     """The systems that are not dominated: no other is as good in every objective and better in one.
 
-    Of `score` more is better, of the others less. Time O(n^2 k). Equals do not dominate each other.
+    Of `score` more is better, of the others less. Equals do not dominate each other. Raises BadInput for an objective
+    that is known of nobody. Time O(n^2 k).
     """
     _check_objectives(objectives)
     unknown = {s: tuple(o for o in objectives if o not in known) for s, known in values.items()}
     unknown = {system: missing for system, missing in unknown.items() if missing}
     systems = [system for system in values if system not in unknown]
+    nowhere = [o for o in objectives if values and all(o not in known for known in values.values())]
+    if nowhere:
+        raise BadInput(f"no expert's {nowhere[0]} is known", hint=MENDING.get(nowhere[0]))
     table = np.array(
         [[-values[s][o] if o == "score" else values[s][o] for o in objectives] for s in systems], dtype=np.float64
     ).reshape(len(systems), len(objectives))
     dominates = _dominates(table)
-    best = ~dominates.any(axis=0)
+    best = np.asarray(~dominates.any(axis=0))
     return Front(
         tuple(objectives),
         tuple(system for system, stays in zip(systems, best, strict=True) if stays),
@@ -103,7 +107,9 @@ def weigh(values: Values, weights: Mapping[str, float]) -> Weighed:
     return Weighed(dict(weights), dict(sorted(worth.items(), key=lambda item: (-item[1], item[0]))))
 
 
-def expert_costs(details: Sequence[Details], latencies: Mapping[str, float] | None = None) -> dict[str, dict[str, float]]:
+def expert_costs(
+    details: Sequence[Details], latencies: Mapping[str, float] | None = None
+) -> dict[str, dict[str, float]]:
     """ref -> cost -> value, of what is known.
 
     Latency is what `latencies` says of the ref or the name; without any it is the profile's `seconds_per_item`, which
