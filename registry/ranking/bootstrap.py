@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.errors import BadInput
-from xpert.registry.ranking.borda import ranks_of, task_points
+from xpert.registry.ranking.consensus import best_of
 from xpert.registry.ranking.contests import Contests, task_wins
-from xpert.registry.ranking.kemeny import best_of
 from xpert.registry.ranking.means import tasks_to_mean
 from xpert.registry.ranking.pairwise import PRIOR, strengths_of
+from xpert.registry.ranking.points import ranks_of, task_points
 
 __all__ = ["DIGITS", "DRAWS", "Noise", "Sureness", "again", "again_contests", "sureness"]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.errors import BadInput
-from xpert.registry.ranking.borda import Scores, as_array
+from xpert.registry.ranking.points import Scores, as_array
 
 __all__ = ["Contests", "contests_of", "read_contests", "task_wins"]
 

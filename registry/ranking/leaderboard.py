@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.registry.ranking.bootstrap import DIGITS, DRAWS, Noise, Sureness, again, again_contests, sureness
-from xpert.registry.ranking.borda import borda, ranks_of
+from xpert.registry.ranking.consensus import kemeny
 from xpert.registry.ranking.contests import Contests, contests_of
-from xpert.registry.ranking.kemeny import kemeny
 from xpert.registry.ranking.matrix import OVER, Matrix, profile_matrix
 from xpert.registry.ranking.means import MEAN_OVER, mean_scores
 from xpert.registry.ranking.pairwise import PRIOR, bradley_terry
 from xpert.registry.ranking.pareto import Front, Weighed, expert_costs, pareto, weigh
+from xpert.registry.ranking.points import borda, ranks_of
 
 if TYPE_CHECKING:
     from xpert.registry.store import Details

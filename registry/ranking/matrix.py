@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xpert.errors import BadInput, unknown
 from xpert.registry.card import BaseModel, ExpertCard, Interval, SkillScore
-from xpert.registry.ranking.borda import Scores
+from xpert.registry.ranking.points import Scores
 
 if TYPE_CHECKING:
     from xpert.registry.store import Details

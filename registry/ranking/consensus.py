@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xpert.registry.ranking.borda import Scores, as_array, borda
 from xpert.registry.ranking.moves import search
+from xpert.registry.ranking.points import Scores, as_array, borda
 from xpert.registry.ranking.subsets import MOST_EXACT, best_order
 
 __all__ = ["MOST_EXACT", "Consensus", "best_of", "disagreement", "kemeny", "preferences"]
