@@ -16,7 +16,7 @@ from xpert.registry.ranking.bootstrap import DIGITS, DRAWS, Noise, Sureness, aga
 from xpert.registry.ranking.consensus import kemeny
 from xpert.registry.ranking.contests import Contests, contests_of
 from xpert.registry.ranking.matrix import OVER, Matrix, profile_matrix
-from xpert.registry.ranking.means import MEAN_OVER, mean_scores
+from xpert.registry.ranking.means import MEAN_OVER, mean_scores, tasks_to_mean
 from xpert.registry.ranking.pairwise import PRIOR, bradley_terry
 from xpert.registry.ranking.pareto import Front, Weighed, expert_costs, pareto, weigh
 from xpert.registry.ranking.points import borda, ranks_of
@@ -169,7 +169,7 @@ def rank_matrix(matrix: Matrix, method: str, options: RankOptions, *, seed: int 
     scores = matrix.by_task()
     facts: dict[str, Any] = {}
     warnings: tuple[str, ...] = ()
-    telling = sum(len(task) > 1 for task in scores.values())
+    telling = drawn = sum(len(task) > 1 for task in scores.values())
     if method == "borda":
         points = borda(scores)
         most = max(1, telling * (len(points) - 1))
@@ -183,6 +183,7 @@ def rank_matrix(matrix: Matrix, method: str, options: RankOptions, *, seed: int 
     elif method == "mean":
         means = mean_scores(scores, over=options.mean_over, metrics=matrix.metrics)
         points = shares = dict(means.scores)
+        drawn = int(tasks_to_mean(matrix.scores, options.mean_over).sum())
         facts, warnings = {"over": means.over, "tasks": dict(means.tasks)}, means.warnings
     else:
         found = bradley_terry(contests_of(scores), prior=options.prior)
@@ -192,7 +193,7 @@ def rank_matrix(matrix: Matrix, method: str, options: RankOptions, *, seed: int 
         facts, warnings = {"contests": found.contests, "prior": options.prior}, found.warnings
     sure = None
     if options.bootstrap:
-        if telling < 2 and not options.draw_scores:
+        if drawn < 2 and not options.draw_scores:
             warnings = (*warnings, "drawing one task anew says nothing: intervals have no width (see --draw-scores)")
         sure = _sure(matrix, method, options, seed)
     return Ranking(method, _standings(matrix.systems, points, shares, sure), facts, warnings)

@@ -104,7 +104,8 @@ def profile_matrix(
         if found:
             cells[ref] = found
         else:
-            left_out[ref] = "has none of these skills" if skills else "no item of its profile has choices"
+            none = not skills or any(skill in skills for skill in card.profile.skills)
+            left_out[ref] = "no item of its profile has choices" if none else "has none of these skills"
     for skill in skills:
         if skill not in seen and seen:
             raise unknown("skill", skill, seen)

@@ -104,7 +104,7 @@ def weigh(values: Values, weights: Mapping[str, float]) -> Weighed:
         system: known["score"] - sum(w * known[cost] / most[cost] for cost, w in weights.items() if most[cost])
         for system, known in values.items()
     }
-    return Weighed(dict(weights), dict(sorted(worth.items(), key=lambda item: (-item[1], item[0]))))
+    return Weighed(dict(weights), dict(sorted(worth.items(), key=lambda item: (-round(item[1], 9), item[0]))))
 
 
 def expert_costs(

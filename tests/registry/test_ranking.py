@@ -88,6 +88,7 @@ def test_a_condorcet_winner_comes_first(scores: dict[str, dict[str, float]]) -> 
 
 
 def test_what_cannot_be_ranked() -> None:
+    bad: Any
     for bad in (math.nan, math.inf, "0.5", None):
         with pytest.raises(BadInput, match=r"the score of a on t is .*, not a number"):
             borda({"t": {"a": bad}})

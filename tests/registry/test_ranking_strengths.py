@@ -70,7 +70,7 @@ def test_errors_are_those_of_the_curvature(prior: float) -> None:
     def likelihood(t: Any) -> float:
         pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
         own = sum(prior / 2 * (math.log1p(math.exp(-x)) + math.log1p(math.exp(x))) for x in t)
-        return -sum(wins[i, j] * math.log1p(math.exp(t[j] - t[i])) for i, j in pairs) - own
+        return float(-sum(wins[i, j] * math.log1p(math.exp(t[j] - t[i])) for i, j in pairs) - own)
 
     found = bradley_terry(contests(wins.astype(int)), prior=prior)
     # Where the prior placed them, the chances against strength zero add up to half of all.
