@@ -54,11 +54,11 @@ def kemeny(scores: Scores, *, seed: int = 0, kicks: int = KICKS) -> Consensus:
     prefer = preferences(array)
     place = {system: number for number, system in enumerate(systems)}
     start = np.array([place[system] for system in borda(scores)])
-    order, components, bound = best_of(prefer, start, seed=seed, kicks=kicks)
+    order, components = best_of(prefer, start, seed=seed, kicks=kicks)
     return Consensus(
         tuple(systems[number] for number in order),
         _contradicted(prefer, order),
-        bound,
+        _bound(prefer, components),
         tuple(tuple(systems[number] for number in component) for component in components),
     )
 
@@ -79,47 +79,52 @@ def preferences(array: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def best_of(
-    prefer: NDArray[np.int64], start: NDArray[np.int64], *, seed: int, kicks: int
-) -> tuple[list[int], list[list[int]], int]:
-    """(the order, its components, a bound that no order's disagreement is below); no worse than the order `start`."""
+    prefer: NDArray[np.int64], start: NDArray[np.int64], *, seed: int, kicks: int, blocks: bool = True
+) -> tuple[list[int], list[list[int]]]:
+    """(the order, its components), no worse than the order `start`.
+
+    `kicks` and `blocks` are those of `moves.search`, which orders the components of more than sixteen.
+    """
     gain = prefer - prefer.T
-    bound = int(np.minimum(prefer, prefer.T).sum()) // 2
-    order: list[int] = []
     components: list[list[int]] = []
     for group in _components(gain >= 0):
-        if len(group) <= MOST_EXACT:
-            parts = [group]
-        else:  # ties alone may hold a large group together; without them it may fall apart further
+        parts = [group]
+        if len(group) > MOST_EXACT:  # ties alone may hold a large group together; without them it may fall apart
             inner = _components(gain[np.ix_(group, group)] > 0)
             parts = [[group[number] for number in part] for part in inner]
         for part in parts:
-            found, excess = _solve(prefer, gain, part, start, seed, kicks)
-            order += found
-            bound += excess
-            components.append(found)
-    return order, components, bound
+            within = prefer[np.ix_(part, part)]
+            if len(part) <= MOST_EXACT:
+                found = best_order(within)
+            else:
+                found = search(within - within.T, _starts(within, part, start), kicks=kicks, seed=seed, blocks=blocks)
+            components.append([part[number] for number in found])
+    return [system for component in components for system in component], components
 
 
-def _solve(
-    prefer: NDArray[np.int64], gain: NDArray[np.int64], part: list[int], start: NDArray[np.int64], seed: int, kicks: int
-) -> tuple[list[int], int]:
-    """(the order of one component, by how much every order of it exceeds the sum of pairwise minima)."""
-    if len(part) == 1:
-        return part, 0
-    block = np.ix_(part, part)
-    if len(part) <= MOST_EXACT:
-        found = [part[number] for number in best_order(prefer[block])]
-        own = gain[np.ix_(found, found)]
-        return found, int(np.triu(np.maximum(-own, 0), 1).sum())
-    within = gain[block]
-    rank = {system: number for number, system in enumerate(start.tolist())}
-    starts = [
-        np.array(sorted(range(len(part)), key=lambda number: rank[part[number]])),
-        np.argsort(-within.sum(axis=1), kind="stable"),
-        np.argsort(-np.sign(within).sum(axis=1), kind="stable"),
+def _starts(within: NDArray[np.int64], part: Sequence[int], start: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Orders of one component to begin with: as `start` has it, by all margins, and by how many are beaten."""
+    place = np.empty(len(start), dtype=np.int64)
+    place[start] = np.arange(len(start))
+    gain = within - within.T
+    return [
+        np.argsort(place[part], kind="stable"),
+        np.argsort(-gain.sum(axis=1), kind="stable"),
+        np.argsort(-np.sign(gain).sum(axis=1), kind="stable"),
     ]
-    found = [part[number] for number in search(within, starts, kicks=kicks, seed=seed)]
-    return found, _circles(within)
+
+
+def _bound(prefer: NDArray[np.int64], components: Sequence[Sequence[int]]) -> int:
+    """What no order's disagreement is below: the minority of each pair, and what circles cost inside the components."""
+    bound = int(np.minimum(prefer, prefer.T).sum()) // 2
+    for component in components:
+        within = prefer[np.ix_(component, component)]
+        gain = within - within.T
+        if len(component) <= MOST_EXACT:  # solved exactly, so what it exceeds the minorities by is needed
+            bound += int(np.triu(np.maximum(-gain, 0), 1).sum())
+        else:
+            bound += _circles(gain)
+    return bound
 
 
 def _components(edges: NDArray[np.bool_]) -> list[list[int]]:

@@ -9,35 +9,40 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["descend", "search"]
+__all__ = ["MOST_BY_BLOCKS", "descend", "search"]
+
+MOST_BY_BLOCKS = 300
 
 Order = NDArray[np.int64]
 
 
-def search(gain: NDArray[np.int64], starts: list[Order], *, kicks: int, seed: int) -> Order:
+def search(gain: NDArray[np.int64], starts: list[Order], *, kicks: int, seed: int, blocks: bool = True) -> list[int]:
     """The best order that is found from the starts, and from `kicks` shuffles of short stretches of the best one.
 
-    Never worse than any of the starts. Time O(n^2) a sweep, O(n^3) for each move of a block.
+    Never worse than any of the starts. Time O(n^2) a sweep, O(n^3) for each move of a block; these are left out
+    beyond 300 systems, and without `blocks`.
     """
     rng = np.random.default_rng(seed)
-    found = [descend(gain, start) for start in starts]
+    blocks = blocks and len(gain) <= MOST_BY_BLOCKS
+    found = [descend(gain, start, blocks=blocks) for start in starts]
     best = max(found, key=lambda order: _spared(gain, order))
     most = _spared(gain, best)
     for _ in range(kicks):
-        tried = descend(gain, _kicked(best, rng))
+        tried = descend(gain, _kicked(best, rng), blocks=blocks)
         spared = _spared(gain, tried)
         if spared >= most:
             best, most = tried, spared
-    return best
+    order: list[int] = best.tolist()
+    return order
 
 
-def descend(gain: NDArray[np.int64], order: Order) -> Order:
+def descend(gain: NDArray[np.int64], order: Order, *, blocks: bool = True) -> Order:
     """Moves single systems to their best places while that helps, then blocks of neighbours, until neither does."""
     order = order.copy()
     while True:
         while _sweep(gain, order):
             pass
-        moved = _move_block(gain, order)
+        moved = _move_block(gain, order) if blocks else None
         if moved is None:
             return order
         order = moved

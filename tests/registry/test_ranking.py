@@ -198,4 +198,4 @@ def test_no_move_of_a_block_betters_what_was_found(seed: int) -> None:
         moved = order[:low] + order[middle:high] + order[low:middle] + order[high:]
         assert spared(moved) <= spared(order)
     start = rng.permutation(7)
-    assert spared(search(gain, [start], kicks=2, seed=0).tolist()) >= spared(descend(gain, start).tolist())
+    assert spared(search(gain, [start], kicks=2, seed=0)) >= spared(descend(gain, start).tolist())
