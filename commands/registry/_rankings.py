@@ -43,7 +43,8 @@ def leaderboard_shown(found: Leaderboard) -> str:
 
 def contests_shown(contests: Contests, ranking: Ranking) -> str:
     count = int(contests.count.sum())
-    lines = [f"{len(contests.systems)} systems, {count} contests, by bradley-terry", _order(ranking)]
+    met = f"{count} contest{'s' if count != 1 else ''}"
+    lines = [f"{len(contests.systems)} systems, {met}, by bradley-terry", _order(ranking)]
     return "\n\n".join([*lines, *(f"note: {warning}" for warning in ranking.warnings)])
 
 

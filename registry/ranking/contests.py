@@ -66,7 +66,7 @@ def contests_of(scores: Scores) -> Contests:
 def read_contests(path: Path) -> Contests:
     """Contests out of rows {"winner", "loser"} or {"a", "b", "result": "a" | "b" | "tie"}, one contest a row.
 
-    Other fields are not read. Raises BadInput with the line for a row of another form.
+    Other fields are not read. Raises BadInput with the line for a row of another form, and for a file without rows.
     """
     from xpert.readers import open_source
 
@@ -81,6 +81,8 @@ def read_contests(path: Path) -> Contests:
             except ValueError as reason:
                 hint = f"a row is {FORMS}"
                 raise BadInput(f"line {line} {reason}", where=source.where, hint=hint) from None
+    if not kinds:
+        raise BadInput("holds no contest", where=source.where, hint=f"a row is {FORMS}")
     systems = sorted({system for first, second, _ in kinds for system in (first, second)})
     place = {system: number for number, system in enumerate(systems)}
     return _contests(systems, {(place[a], place[b], share): times for (a, b, share), times in kinds.items()})

@@ -193,7 +193,7 @@ def rank_matrix(matrix: Matrix, method: str, options: RankOptions, *, seed: int 
         facts, warnings = {"contests": found.contests, "prior": options.prior}, found.warnings
     sure = None
     if options.bootstrap:
-        if drawn < 2 and not options.draw_scores:
+        if drawn < 2 and len(matrix.systems) > 1 and not options.draw_scores:
             warnings = (*warnings, "drawing one task anew says nothing: intervals have no width (see --draw-scores)")
         sure = _sure(matrix, method, options, seed)
     return Ranking(method, _standings(matrix.systems, points, shares, sure), facts, warnings)

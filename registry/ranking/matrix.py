@@ -21,6 +21,7 @@ __all__ = ["OVER", "Matrix", "Task", "profile_matrix"]
 
 OVER = ("expert", "gain")
 CHOICE = "choices by likelihood"
+NOT_PROFILED = "not profiled"
 Z95 = 1.959964
 """Half a 95 % interval in standard deviations."""
 
@@ -93,7 +94,7 @@ def profile_matrix(
     base = _one_base(cards)
     for ref, card in cards.items():
         if card.profile is None:
-            left_out[ref] = "not profiled"
+            left_out[ref] = NOT_PROFILED
             continue
         seen |= card.profile.skills.keys()
         found = {
@@ -110,7 +111,8 @@ def profile_matrix(
         if skill not in seen and seen:
             raise unknown("skill", skill, seen)
     if not cells:
-        raise BadInput(_nothing(left_out), hint="`xpert profile` scores an expert; publish it again after that")
+        profile = "`xpert profile` scores an expert; publish it again after that"
+        raise BadInput(_nothing(left_out), hint=profile if NOT_PROFILED in left_out.values() else None)
     return _filled(base, over, cells, left_out)
 
 
@@ -192,9 +194,11 @@ def _suites(names: Mapping[str, str]) -> list[str]:
 
 
 def _overlap(systems: Sequence[str], known: NDArray[np.bool_], labels: Sequence[str]) -> list[str]:
+    if len(systems) == 1:
+        return ["one expert alone has no rank"]
     warnings = []
     alone = [label for label, taken in zip(labels, known.sum(axis=1), strict=True) if taken == 1]
-    if alone and len(systems) > 1:
+    if alone:
         told = ", ".join(alone[:4]) + (", ..." if len(alone) > 4 else "")
         warnings.append(f"{len(alone)} of {len(labels)} tasks have one expert only and say nothing of ranks: {told}")
     shared = known.astype(np.int64).T @ known.astype(np.int64)

@@ -269,6 +269,19 @@ def test_pairs_are_ranked_without_profiles(rank: Run, tmp_path: Path) -> None:
     assert by_name["x"]["points"] == pytest.approx(-by_name["y"]["points"]) and by_name["x"]["error"] > 0
 
 
+def test_lists_of_a_configuration_file_count(rank: Run, tmp_path: Path) -> None:
+    file = tmp_path / "rank.yaml"
+    file.write_text("base: tiny\nskills: [sums, law]\npareto: [score, rank]\nweigh: {rank: 0.5, size: 0}\n")
+    found = json.loads(rank("--config", file, "--json").stdout)
+    assert [task["label"] for task in found["tasks"]] == ["law", "sums"]
+    assert found["weighed"]["weights"] == {"rank": 0.5, "size": 0} and "pareto" in found
+
+
+def test_one_expert_is_shown_and_has_no_rank(rank: Run) -> None:
+    shown = rank("acme/a").stdout
+    assert shown.startswith("1 expert of tiny") and shown.splitlines()[-1] == "note: one expert alone has no rank"
+
+
 def test_latencies_of_a_file_count(rank: Run, tmp_path: Path) -> None:
     file = tmp_path / "latency.json"
     file.write_text('{"acme/a": 0.1, "acme/b@1": 0.2}')
@@ -298,6 +311,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no prior": (["acme/a", "acme/b", "--method", "bradley-terry", "--prior", "0", "--skills", "law"], 2, "chain"),
     "bootstrap": (["acme/a", "--bootstrap", "-1"], 2, "the least is 0"),
     "pairs": (["--pairs", "nowhere.jsonl"], 2, "no such file"),
+    "pairs without a row": (["--pairs", "{blank}"], 2, "holds no contest"),
     "pairs by borda": (["--pairs", "x.jsonl", "--method", "borda"], 2, "by bradley-terry alone"),
     "pairs of names": (["acme/a", "--pairs", "x.jsonl"], 2, "a NAME has no meaning beside --pairs"),
     "pairs and costs": (["--pairs", "x.jsonl", "--pareto", "size"], 2, "--pareto has no meaning"),
@@ -307,7 +321,8 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
 def test_mistakes(rank: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "words.json").write_text('{"acme/a": "slow"}')
-    files = {"empty": tmp_path / "empty.json", "words": tmp_path / "words.json"}
+    (tmp_path / "blank.jsonl").write_text("\n")
+    files = {"blank": tmp_path / "blank.jsonl", "empty": tmp_path / "empty.json", "words": tmp_path / "words.json"}
     for mistake, (arguments, status, said) in MISTAKES.items():
         result = rank(*(argument.format(**files) for argument in arguments))
         assert result.exit_code == status and said in result.stderr, f"{mistake}: {result.output}"
