@@ -64,6 +64,8 @@ def _apply_config(context: click.Context, parameter: click.Parameter, value: Pat
             values[name] = [f"{key}={item}" for key, item in given.items()]
         elif known[name].multiple and not isinstance(given, list):
             values[name] = [given]
+        if isinstance(values[name], list) and not known[name].multiple:  # an option that is written A,B,...
+            values[name] = ",".join(str(item) for item in values[name])
     context.default_map = {**(context.default_map or {}), **values}
 
 
@@ -129,6 +131,7 @@ def config_options(
                 command = click.option(f"{flag}/--no-{flag[2:]}", **shown)(command)
             elif many:
                 shown["default"] = ",".join(str(item) for item in field.default)
+                shown["show_default"] = bool(field.default)
                 command = click.option(flag, metavar="A,B,...", **shown)(command)
             elif field.metadata.get("choices"):
                 command = click.option(flag, metavar="|".join(field.metadata["choices"]), **shown)(command)
