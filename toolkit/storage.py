@@ -23,6 +23,7 @@ __all__ = [
     "alive",
     "cache_folder",
     "check_output",
+    "config_folder",
     "data_folder",
     "disk_errors",
     "disk_is_full",
@@ -50,6 +51,12 @@ def cache_folder() -> Path:
     set_by_user = os.environ.get("XPERT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(set_by_user) if set_by_user else Path(base) / "xpert"
+
+
+def config_folder() -> Path:
+    """xpert's folder among the user's settings; the trust list lies in it."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "xpert"
 
 
 def data_folder() -> Path:

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "Search names, descriptions and skills."),
     "verify": ("verify", "Read every file and check it."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
+    "keygen": ("keygen", "Make a key to sign versions with."),
+    "trust": ("trust", "Say whose signatures count, and what must be signed."),
     "gc": ("collect", "Remove files that no version needs."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from xpert.registry.card import Interval
 from xpert.registry.opening import open_registry
 from xpert.registry.store import Version
 
-__all__ = ["interval", "numbers_shown", "registry_options", "size_shown", "skills_shown", "table"]
+__all__ = ["interval", "numbers_shown", "passphrase_option", "registry_options", "size_shown", "skills_shown", "table"]
 
 
 def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +24,11 @@ def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="URL",
         help="A folder or file:// URL.  [default: $XPERT_REGISTRY, or the user's data folder]",
     )(common_options(function))
+
+
+def passphrase_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--passphrase-file, as `passphrase_file`. A file, since what stands in a command line is seen by others."""
+    return click.option("--passphrase-file", type=click.Path(path_type=Path), metavar="FILE", help=text)
 
 
 def interval(value: dict[str, Any]) -> str:
