@@ -168,7 +168,7 @@ def load_ed25519() -> ModuleType:
     except ImportError:
         raise Unavailable(
             "signatures need the package `cryptography`, which is not installed",
-            hint="pip install 'xpert-toolkit[sign]'",
+            hint="run: pip install 'xpert-toolkit[sign]'",
         ) from None
     return ed25519
 

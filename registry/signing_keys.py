@@ -102,10 +102,10 @@ class SigningKey:
                 raise BadInput("the key is encrypted", where=where, hint="give --passphrase-file FILE")
         try:
             private = load_pem_private_key(data, secret)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             if secret:
                 raise BadInput("the passphrase does not open the key", where=where) from None
-            raise BadInput(f"the private key cannot be read: {error}", where=where, hint=_MAKE) from None
+            raise BadInput("the private key is damaged", where=where, hint=_MAKE) from None
         if not isinstance(private, ed25519.Ed25519PrivateKey):
             raise BadInput("a private key of another kind than Ed25519", where=where, hint=_MAKE)
         return cls(_public(private), private)
@@ -188,13 +188,11 @@ def _read_small(path: Path) -> tuple[bytes, int | None]:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as stream:
             status = os.fstat(stream.fileno())
-            if stat.S_ISDIR(status.st_mode):
-                raise BadInput("a folder, not a key", where=str(path))
             data = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise NotFound("no such file", where=str(path)) from None
-    except PermissionError:
-        raise BadInput("may not be read", where=str(path)) from None
+    except IsADirectoryError:
+        raise BadInput("a folder, not a key", where=str(path)) from None
     except OSError as error:
         raise BadInput(f"cannot be read ({error.strerror})", where=str(path)) from None
     if len(data) > _MOST_BYTES:
