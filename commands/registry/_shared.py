@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from xpert.commands.options import common_options
+from xpert.printable import printable
 from xpert.registry.card import Interval
 from xpert.registry.opening import open_registry
 from xpert.registry.store import Version
@@ -61,6 +62,8 @@ def size_shown(size: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell. A cell is one line: breaks in it are shown, so none can feign a row."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(head, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))

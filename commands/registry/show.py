@@ -8,6 +8,7 @@ import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import interval, numbers_shown, registry_options, size_shown, table
+from xpert.printable import printable
 from xpert.registry.store import Details, Registry
 
 __all__ = ["command"]
@@ -42,7 +43,7 @@ def _shown(details: Details) -> str:
         "digest": version.digest,
         "created": version.created,
     }
-    lines = [version.ref, *(f"  {key:<12} {value}" for key, value in facts.items() if value)]
+    lines = [version.ref, *(f"  {key:<12} {printable(value)}" for key, value in facts.items() if value)]
     profile = details.document.get("profile") if version.kind == "expert" else None
     if profile:
         rows = [
@@ -52,7 +53,7 @@ def _shown(details: Details) -> str:
             )
             for skill, score in profile["skills"].items()
         ]
-        title = f"skill profile on {profile['suite']} (95 % intervals)"
+        title = f"skill profile on {printable(profile['suite'])} (95 % intervals)"
         lines += ["", title, table(("SKILL", "METRIC", "EXPERT", "BASE", "GAIN", "N"), rows)]
     files = [(file.path, size_shown(file.size), file.sha256[:16]) for file in details.files]
     return "\n".join([*lines, "", table(("FILE", "SIZE", "SHA256"), files)])

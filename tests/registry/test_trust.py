@@ -169,9 +169,9 @@ def test_keys_leave_by_their_fingerprint(keys: dict[str, SigningKey]) -> None:
     rest, gone = known.without_key(name.upper())
     assert len(gone) == 2 and [e.key for e in rest.entries] == [keys["bob"].public.key]
     absent: list[tuple[str, str | None]] = [(name[:7], None), (name, "beta"), ("0" * 24, None)]
-    for text, pattern in absent:
+    for text, only in absent:
         with pytest.raises(NotFound, match="no trusted key"):
-            known.without_key(text, pattern)
+            known.without_key(text, only)
 
 
 def test_the_commands(xpert: Run, tmp_path: Path) -> None:
