@@ -6,10 +6,8 @@ refused wherever they stand. Sizes are bounded before anything is read.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.content import MOST_TEXT, check_content, open_inside
 from xpert.registry.names import parse_ref
+from xpert.registry.strict_json import parse_json
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
 from xpert.storage import hash_file
@@ -33,8 +33,6 @@ GIB = 1 << 30
 
 _MOST_FILES = 1_000
 _MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
-_MOST_TEXT = 256 << 20  # bytes of any other text
-_TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
 _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
@@ -78,8 +76,9 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
     card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
     files = []
     for name, path in found:
-        _check_content(path)
-        files.append((path, StoredFile(name, path.stat().st_size, hash_file(path))))
+        with open_inside(folder, name) as stream:
+            content = check_content(stream, path.suffix, where=str(path))
+        files.append((path, StoredFile(name, content.size, content.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -102,8 +101,8 @@ def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple
     for path in _walk(folder, left_out):
         size = path.stat().st_size
         total += size
-        if path.suffix != ".safetensors" and size > _MOST_TEXT:
-            raise BadInput(f"a text of {size:,} bytes; the most is {_MOST_TEXT:,}", where=str(path))
+        if path.suffix != ".safetensors" and size > MOST_TEXT:
+            raise BadInput(f"a text of {size:,} bytes; the most is {MOST_TEXT:,}", where=str(path))
         found.append((path.relative_to(folder).as_posix(), path))
         if len(found) > _MOST_FILES:
             raise BadInput(
@@ -132,65 +131,6 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             yield path
         else:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
-
-
-def _check_content(path: Path) -> None:
-    with open_plain(path) as stream:
-        start = stream.read(4096)
-        seems = _binary_kind(start)
-        if seems is not None:
-            raise BadInput(
-                f"refused: it is {seems}, whatever its name", where=str(path), hint="remove it from the folder"
-            )
-        if path.suffix == ".safetensors":
-            read_tensor_header(path)
-            return
-        if path.suffix not in _TEXTS:
-            raise BadInput(
-                "not a file of an expert, which are safetensors and text",
-                where=str(path),
-                hint=f"remove it; taken are .safetensors {' '.join(sorted(_TEXTS))}",
-            )
-        data = start + stream.read(_MOST_TEXT)
-    try:
-        text = data.decode()
-        if "\0" in text:
-            raise ValueError("it holds a NUL character")
-    except ValueError as error:
-        raise BadInput(f"not UTF-8 text: {error}", where=str(path), hint="remove it from the folder") from None
-    if _is_pickle(data):
-        raise BadInput("refused: it is a pickle, whatever its name", where=str(path), hint="remove it from the folder")
-    _check_json(path, text)
-
-
-def _check_json(path: Path, text: str) -> None:
-    lines = text.split("\n") if path.suffix == ".jsonl" else [text] if path.suffix == ".json" else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() or path.suffix == ".json":
-                json.loads(line)
-        except (ValueError, RecursionError) as error:
-            place = f" in line {number}" if path.suffix == ".jsonl" else ""
-            raise Corrupt(f"not valid JSON{place}: {error}", where=str(path)) from None
-
-
-def _binary_kind(start: bytes) -> str | None:
-    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "a pickle"
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "a zip archive (as torch.save writes its pickles)"
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd" or start[257:262] == b"ustar":
-        return "an archive"
-    return None
-
-
-def _is_pickle(data: bytes) -> bool:
-    """True where the bytes run through as a pickle program, as those of the old text protocols do."""
-    try:
-        *_, (last, _, _) = pickletools.genops(data)
-    except Exception:  # whatever ails the parser: these bytes are no pickle
-        return False
-    return len(data) > 1 and last.name == "STOP"
 
 
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
@@ -265,11 +205,8 @@ def _examine_mixture(path: Path) -> Intake:
 
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
-    size = path.stat().st_size
-    if size > _MOST_DOCUMENT:
-        raise BadInput(f"{size:,} bytes; the most is {_MOST_DOCUMENT:,}", where=str(path))
-    try:
-        with open_plain(path) as stream:
-            return json.loads(stream.read(_MOST_DOCUMENT + 1))
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
+    with open_plain(path) as stream:
+        data = stream.read(_MOST_DOCUMENT + 1)
+    if len(data) > _MOST_DOCUMENT:
+        raise BadInput(f"more than {_MOST_DOCUMENT:,} bytes", where=str(path))
+    return parse_json(data, where=str(path))
