@@ -37,15 +37,15 @@ class Session:
     def progress(self) -> Progress:
         return SILENT if self.quiet else StreamProgress(sys.stderr)
 
-    def result(self, value: Mapping[str, Any], text: str) -> None:
-        """Prints the result to stdout: `value` as one JSON object with --json, else `text`.
+    def result(self, value: Mapping[str, Any], text: str | Callable[[], str]) -> None:
+        """Prints the result to stdout: `value` as one JSON object with --json, else `text` (or what it makes).
 
         Names and descriptions may be a stranger's, so nothing in them reaches the terminal that would steer it.
         """
         if self.as_json:
             click.echo(printable(json.dumps(value, ensure_ascii=False, allow_nan=False)))
         else:
-            click.echo(printable(text, keep="\n\t"))
+            click.echo(printable(text if isinstance(text, str) else text(), keep="\n\t"))
 
 
 def _check_device(context: click.Context, parameter: click.Parameter, value: str) -> str:

@@ -19,7 +19,7 @@ from xpert.registry.blobs import open_plain
 from xpert.registry.strict_json import check_json_text
 from xpert.registry.tensor_header import tensor_header
 
-__all__ = ["MOST_TEXT", "Content", "check_content", "check_stored", "open_inside"]
+__all__ = ["MOST_TEXT", "Judged", "check_content", "check_stored", "open_inside"]
 
 MOST_TEXT = 256 << 20  # bytes of any text
 _TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
@@ -30,16 +30,16 @@ _CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "NEWOBJ",
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-    """What was read: size in bytes, sha256, and the text of a file that is one."""
+class Judged:
+    """What was read: size in bytes, sha256 (None where it was not asked for), and the text of a file that is one."""
 
     size: int
-    sha256: str
+    sha256: str | None
     text: str | None
 
 
-def check_content(stream: BinaryIO, suffix: str, *, where: str) -> Content:
-    """Reads an open file to its end; raises BadInput or Corrupt for what may not enter.
+def check_content(stream: BinaryIO, suffix: str, *, where: str, hashed: bool = True) -> Judged:
+    """Reads an open file, to its end if `hashed`; raises BadInput or Corrupt for what may not enter.
 
     Memory: a text whole (at most 256 MiB), of safetensors the header alone (at most 100 MB).
     """
@@ -47,7 +47,7 @@ def check_content(stream: BinaryIO, suffix: str, *, where: str) -> Content:
     reader = _Hashing(stream)
     if suffix == ".safetensors":
         _check_tensors(stream, reader, size, where)
-        return Content(size, reader.finish(), None)
+        return Judged(size, reader.finish() if hashed else None, None)
     start = reader.read(4096)
     if (seems := _binary_kind(start)) is not None:
         raise _refused(seems, where)
@@ -69,7 +69,7 @@ def check_content(stream: BinaryIO, suffix: str, *, where: str) -> Content:
     if _runs_as_pickle(io.BytesIO(data), len(data)):
         raise _refused("a pickle", where)
     _check_json(text, suffix, where)
-    return Content(len(data), reader.finish(), text)
+    return Judged(len(data), reader.finish() if hashed else None, text)
 
 
 def open_inside(folder: Path, name: str) -> BinaryIO:
@@ -99,10 +99,10 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def check_stored(path: Path, name: str) -> None:
-    """The same judgement of a file that came out of a store or from afar; `name` is its path in the version."""
+def check_stored(path: Path, *, where: str) -> None:
+    """The same judgement of a file that came out of a store: who filled the store may have passed by `intake.py`."""
     with open_plain(path) as stream:
-        check_content(stream, PurePosixPath(name).suffix, where=name)
+        check_content(stream, path.suffix, where=where, hashed=False)
 
 
 class _Hashing:

@@ -6,6 +6,8 @@ refused wherever they stand. Sizes are bounded before anything is read.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -18,24 +20,39 @@ from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
 from xpert.registry.content import MOST_TEXT, check_content, open_inside
+from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
 from xpert.registry.strict_json import parse_json
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
-from xpert.storage import hash_file
 
-__all__ = ["GIB", "MIXTURE_FILE", "WEIGHTS_FILE", "Intake", "examine", "read_document"]
+__all__ = [
+    "GIB",
+    "MIXTURE_FILE",
+    "MOST_DOCUMENT",
+    "WEIGHTS_FILE",
+    "Content",
+    "Intake",
+    "examine",
+    "parse_json",
+    "read_document",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MIXTURE_FILE = "mixture.json"
+ROUTER_FILE = "gate.safetensors"
 GIB = 1 << 30
 
 _MOST_FILES = 1_000
-_MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
+MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
 _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
+
+
+Content = Path | bytes
+"""Where a file's content is: on disk, or here."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Intake:
     """What was found: the files with where they lie, what the record says of them, and what was left out."""
 
     kind: str
-    files: tuple[tuple[Path, StoredFile], ...]
+    files: tuple[tuple[Content, StoredFile], ...]
     base: str
     base_fingerprint: str
     description: str
@@ -74,11 +91,11 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
         )
     found, left_out = _gather(folder, max_bytes)
     card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
-    files = []
+    files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
         with open_inside(folder, name) as stream:
-            content = check_content(stream, path.suffix, where=str(path))
-        files.append((path, StoredFile(name, content.size, content.sha256)))
+            judged = check_content(stream, path.suffix, where=str(path))
+        files.append((path, _described(path, name, judged.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -91,6 +108,14 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
         scores={skill: score.expert.score for skill, score in profile.items()},
         left_out=left_out,
     )
+
+
+def _described(path: Path, name: str, sha256: str | None) -> StoredFile:
+    """The file as the record holds it; raises BadInput where it is no longer what was judged."""
+    stored = describe_file(path, name)
+    if stored.sha256 != sha256:
+        raise BadInput("changed while it was being published", where=str(path), hint="publish it again")
+    return stored
 
 
 def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple[str, ...]]:
@@ -189,10 +214,16 @@ def _examine_mixture(path: Path) -> Intake:
         fingerprints.append(str(entry.get("fingerprint") or ""))
     base = document.get("base")
     base = base if isinstance(base, dict) else {}
-    stored = StoredFile(MIXTURE_FILE, path.stat().st_size, hash_file(path))
+    router_file = _router_file(path, document)
+    # Where the experts came from is a path of the publisher's machine; here they come from this registry.
+    plain = {key: value for key, value in document.items() if key != "registry"}
+    if router_file is not None:
+        plain["gate"] = {**plain["gate"], "file": f"./{router_file[1].path}"}
+    content = (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    stored = StoredFile(MIXTURE_FILE, len(content), hashlib.sha256(content).hexdigest())
     return Intake(
         kind="mixture",
-        files=((path, stored),),
+        files=((content, stored), *((router_file,) if router_file is not None else ())),
         base=str(base.get("ref") or ""),
         base_fingerprint=str(base.get("fingerprint") or ""),
         description=str(document.get("description") or ""),
@@ -203,10 +234,31 @@ def _examine_mixture(path: Path) -> Intake:
     )
 
 
+def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFile] | None:
+    """The file of a trained router, as the gate of a mixture names it; checked like an expert's weights."""
+    gate = mixture.get("gate")
+    if not isinstance(gate, dict) or gate.get("file") is None:
+        return None
+    name = gate["file"]
+    if not isinstance(name, str):
+        raise Corrupt("the mixture's gate names no file", where=str(path))
+    file = path.resolve().parent / name
+    if not file.is_file():
+        raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
+    if file.suffix != ".safetensors":
+        raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
+    with open_plain(file) as stream:
+        judged = check_content(stream, file.suffix, where=str(file))
+    stored = _described(file, ROUTER_FILE, judged.sha256)
+    if gate.get("fingerprint") not in (None, stored.sha256):
+        raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
+    return file, stored
+
+
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
     with open_plain(path) as stream:
-        data = stream.read(_MOST_DOCUMENT + 1)
-    if len(data) > _MOST_DOCUMENT:
-        raise BadInput(f"more than {_MOST_DOCUMENT:,} bytes", where=str(path))
+        data = stream.read(MOST_DOCUMENT + 1)
+    if len(data) > MOST_DOCUMENT:
+        raise BadInput(f"more than {MOST_DOCUMENT:,} bytes", where=str(path))
     return parse_json(data, where=str(path))

@@ -141,7 +141,7 @@ def statement(record: Record) -> bytes:
         "version": version.version,
         "kind": version.kind,
         "digest": version.digest,
-        "checksum": record.to_dict()["checksum"],
+        "checksum": record.checksum,
     }
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 

@@ -15,11 +15,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list_names", "List all names with their latest version."),
     "show": ("show", "Show a version's card, skill profile and files."),
     "search": ("search", "Search names, descriptions and skills."),
+    "skills": ("skills", "Show the tree of skills, or one skill and the experts that have it."),
     "verify": ("verify", "Read every file and check it."),
+    "tag": ("tag", "Move a tag, such as `stable`, to a version."),
+    "untag": ("untag", "Take a tag away from a name."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
     "keygen": ("keygen", "Make a key to sign versions with."),
     "trust": ("trust", "Say whose signatures count, and what must be signed."),
     "gc": ("collect", "Remove files that no version needs."),
+    "rebuild": ("rebuild", "Make names and index again from the blobs."),
 }
 
 
