@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import orjson
 
@@ -18,6 +18,10 @@ from xpert.errors import BadInput, Corrupt, Unavailable
 from xpert.registry.documents import Tag
 from xpert.registry.names import LATEST
 from xpert.registry.versions import Version
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Index", "search_words"]
 
@@ -47,6 +51,10 @@ MIGRATIONS: tuple[str, ...] = (
         name TEXT NOT NULL, tag TEXT NOT NULL, version INTEGER, through INTEGER NOT NULL, revision INTEGER NOT NULL,
         moved TEXT NOT NULL, PRIMARY KEY (name, tag)
     ) WITHOUT ROWID;
+    CREATE TABLE skills (skill TEXT NOT NULL, id INTEGER NOT NULL, PRIMARY KEY (skill, id)) WITHOUT ROWID;
+    CREATE TABLE vectors (
+        embedder TEXT NOT NULL, id INTEGER NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (embedder, id)
+    );
     CREATE TABLE owners (owner TEXT PRIMARY KEY, changed INTEGER NOT NULL) WITHOUT ROWID;
     """,
 )
@@ -134,11 +142,16 @@ class Index:
                 "INSERT INTO words (rowid, name, description, skills) VALUES (?, ?, ?, ?)",
                 (cursor.lastrowid, version.name, version.description, " ".join(version.strengths)),
             )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO skills VALUES (?, ?)", [(skill, cursor.lastrowid) for skill in version.strengths]
+        )
         self._settle_latest(version.name)
 
     def mark_removed(self, name: str, version: int) -> None:
         found = self._db.execute("SELECT id FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
         if found is not None:
+            for table in ("skills", "vectors"):
+                self._db.execute(f"DELETE FROM {table} WHERE id = ?", found)
             self._db.execute("DELETE FROM versions WHERE id = ?", found)
             if self.has_words:
                 self._db.execute("DELETE FROM words WHERE rowid = ?", found)
@@ -152,7 +165,15 @@ class Index:
 
     def forget_all(self) -> None:
         """Empties the index; it is then filled from the records again."""
-        for table in ("versions", "removed", "tags", "owners", *(("words",) if self.has_words else ())):
+        for table in (
+            "versions",
+            "removed",
+            "tags",
+            "owners",
+            "skills",
+            "vectors",
+            *(("words",) if self.has_words else ()),
+        ):
             self._db.execute(f"DELETE FROM {table}")
 
     def _settle_latest(self, name: str) -> None:
@@ -229,6 +250,57 @@ class Index:
             )
         latest = self._versions("WHERE latest ORDER BY name", ())
         return [version for version in latest if _matches(version, words)]
+
+    # ── skills and vectors ───────────────────────────────────────────────────────────────────────────────────────
+
+    def skill_names(self) -> list[str]:
+        """All skills that some version has, by the names that versions give them."""
+        return [skill for (skill,) in self._db.execute("SELECT DISTINCT skill FROM skills ORDER BY skill")]
+
+    def of_skills(self, skills: Iterable[str]) -> list[Version]:
+        """The latest versions that have one of these skills."""
+        wanted = json.dumps(sorted(skills))
+        return self._versions(
+            "WHERE latest AND id IN (SELECT id FROM skills WHERE skill IN (SELECT value FROM json_each(?)))", (wanted,)
+        )
+
+    def of_refs(self, refs: Sequence[str]) -> list[Version]:
+        """The versions `owner/name@3`, in the order given."""
+        found = self._versions("WHERE name || '@' || version IN (SELECT value FROM json_each(?))", (json.dumps(refs),))
+        by_ref = {version.ref: version for version in found}
+        return [by_ref[ref] for ref in refs if ref in by_ref]
+
+    def without_vector(self, embedder: str) -> list[Version]:
+        """The latest versions that have no vector of this embedder yet."""
+        return self._versions(
+            "WHERE latest AND id NOT IN (SELECT id FROM vectors WHERE embedder = ?) ORDER BY name", (embedder,)
+        )
+
+    def keep_vectors(self, embedder: str, versions: Sequence[Version], vectors: NDArray[np.float32]) -> None:
+        """vectors [n, d], of n versions; one that is no longer there is passed over."""
+        rows = [
+            (embedder, vector.astype("<f4").tobytes(), version.name, version.version)
+            for version, vector in zip(versions, vectors, strict=True)
+        ]
+        self._db.executemany(
+            "INSERT OR REPLACE INTO vectors SELECT ?, id, ? FROM versions WHERE name = ? AND version = ?", rows
+        )
+
+    def closest(self, embedder: str, vector: NDArray[np.float32], most: int) -> dict[str, float]:
+        """Ref -> cosine of the `most` latest versions closest to `vector` [d], the closest first. Time O(n d)."""
+        import numpy as np
+
+        rows = self._db.execute(
+            "SELECT versions.name || '@' || versions.version, vectors.vector FROM vectors"
+            " JOIN versions ON versions.id = vectors.id WHERE vectors.embedder = ? AND versions.latest",
+            (embedder,),
+        ).fetchall()
+        if not rows:
+            return {}
+        matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4").reshape(len(rows), -1)
+        cosines = matrix @ vector
+        order = np.argsort(-cosines, kind="stable")[:most]
+        return {rows[row][0]: float(cosines[row]) for row in order}
 
     def unsound(self) -> list[str]:
         """What SQLite's own check finds wrong, in its words."""

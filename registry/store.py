@@ -17,7 +17,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import time
@@ -27,18 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xpert.errors import BadInput, Corrupt, NotFound, nearest
+from xpert.errors import BadInput, Corrupt, NotFound, XpertError, nearest
 from xpert.progress import SILENT, Progress
 from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
 from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
-from xpert.registry.index import Index, search_words
+from xpert.registry.index import Index
 from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
 from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
 from xpert.registry.record_folder import RecordFolder
+from xpert.registry.searching import Hit, Query, find, open_fixed_embedder, text_of
 from xpert.registry.soundness import Problem, problems
+from xpert.registry.taxonomy import Taxonomy
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, read_json, write_json
 
@@ -69,15 +70,6 @@ class Details:
     document: dict[str, Any]
     versions: tuple[int, ...]
     tags: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A version that a search found, with its best skill among those asked for, where it has a profile."""
-
-    version: Version
-    skill: str | None
-    score: float | None
 
 
 @dataclass(frozen=True)
@@ -360,6 +352,23 @@ class Registry:
             version = self._resolve(index, parse_ref(ref))
             numbers = tuple(other.version for other in index.versions(version.name))
             tags = _tags(index, version.name)
+        return self._details(version, numbers, tags)
+
+    def survey(self) -> Iterator[tuple[Version, Details | XpertError]]:
+        """Every version, by name and number, with what `show` tells of it, or the error that `show` would raise."""
+        with self._open() as index:
+            every = index.all()
+            tags = {version.name: _tags(index, version.name) for version in every}
+        numbers: dict[str, builtins.list[int]] = {}
+        for version in every:
+            numbers.setdefault(version.name, []).append(version.version)
+        for version in every:
+            try:
+                yield version, self._details(version, tuple(numbers[version.name]), tags[version.name])
+            except XpertError as error:
+                yield version, error
+
+    def _details(self, version: Version, numbers: tuple[int, ...], tags: Mapping[str, int]) -> Details:
         record = self._read(version)
         name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
         file = next(file for file in record.files if file.path == name)
@@ -379,23 +388,38 @@ class Registry:
             return check_out_to_cache(self.blobs, record, progress)
         return check_out(self.blobs, record, Path(out))
 
-    def search(self, text: str = "", *, base: str | None = None, min_score: float | None = None) -> Sequence[Hit]:
+    def search(
+        self,
+        text: str = "",
+        *,
+        base: str | None = None,
+        kind: str | None = None,
+        min_score: float | None = None,
+        taxonomy: Taxonomy | None = None,
+        embedder: str | None = None,
+        limit: int | None = None,
+        device: str = "auto",
+        progress: Progress = SILENT,
+    ) -> Sequence[Hit]:
         """The latest versions whose name, description or skills hold all words of `text` (their beginnings suffice).
 
-        `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a skill with at
-        least that score: one that a word of `text` names, or any skill where none is named.
+        With a `taxonomy` also those with a skill that `text` means in it; with an `embedder` (`minilm`, `st:NAME`) also
+        the hundred whose descriptions are closest to it, where vectors that the index lacks are made first (see
+        `searching.py`). `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a
+        skill with at least that score: one that `text` names or means, or any skill where it names none.
         """
+        query = Query(text, base=base, kind=kind, min_score=min_score, limit=limit, taxonomy=taxonomy)
+        if embedder is None or not text.strip():
+            with self._open() as index:
+                return find(index, query, None)
+        opened = open_fixed_embedder(embedder, device=device)
         with self._open() as index:
-            found = index.search(text)
-        words = search_words(text)
-        hits = []
-        for version in found:
-            if base is not None and base != version.base and not _begins(version.base_fingerprint, base):
-                continue
-            skill, score = _best_skill(version, words)
-            if min_score is None or (score is not None and score >= min_score):
-                hits.append(Hit(version, skill, score))
-        return hits
+            missing = index.without_vector(opened.identity)
+            if missing:
+                vectors = opened.embed([text_of(version) for version in missing], progress)
+                with index.writing():
+                    index.keep_vectors(opened.identity, missing, vectors)
+            return find(index, query, opened.embed([text])[0], opened.identity)
 
     def verify(self, progress: Progress = SILENT) -> Sequence[Problem]:
         """Reads every file of the registry and tells what is unsound; an empty answer means that all is well."""
@@ -564,18 +588,3 @@ def _now() -> str:
 
 def _one(kind: str) -> str:
     return "an expert" if kind == "expert" else f"a {kind}"
-
-
-def _begins(fingerprint: str, text: str) -> bool:
-    return len(text) >= 8 and fingerprint.startswith(text)
-
-
-@functools.lru_cache(maxsize=4096)
-def _skill_words(skill: str) -> tuple[str, ...]:
-    return tuple(search_words(skill))
-
-
-def _best_skill(version: Version, words: Sequence[str]) -> tuple[str | None, float | None]:
-    named = [s for s in version.scores if any(held.startswith(word) for held in _skill_words(s) for word in words)]
-    skill = max(named or version.scores, key=lambda s: version.scores[s], default=None)
-    return skill, None if skill is None else version.scores[skill]
