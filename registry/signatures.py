@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt, Unavailable
+from xpert.registry.documents import SCHEMA, document_bytes
 from xpert.registry.names import check_name
 from xpert.registry.versions import Record
 from xpert.storage import hash_json
@@ -36,7 +37,6 @@ __all__ = [
     "verify",
 ]
 
-SCHEMA = 2
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 MOST_SIGNATURES = 64
 _SHORT = 24  # hex digits of a fingerprint that are shown: 96 bits
@@ -104,6 +104,9 @@ class SignatureList:
             "signatures": [dataclasses.asdict(made) for made in sorted(self.signatures)],
         }
         return value | {"checksum": hash_json(value)}
+
+    def to_bytes(self) -> bytes:
+        return document_bytes(self.to_dict())
 
     @classmethod
     def from_dict(cls, value: Any, *, where: str) -> SignatureList:

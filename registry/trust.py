@@ -27,7 +27,14 @@ from xpert.registry.strict_json import parse_json
 from xpert.registry.versions import Record
 from xpert.storage import config_folder, disk_errors, write_json
 
-__all__ = ["TrustEntry", "TrustList", "Verdict", "check_pattern", "edit_trust", "trust_path"]
+__all__ = [
+    "TrustEntry",
+    "TrustList",
+    "Verdict",
+    "check_pattern",
+    "edit_trust",
+    "trust_path",
+]
 
 ENVIRONMENT = "XPERT_TRUST"
 SCHEMA = 1

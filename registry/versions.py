@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt
@@ -101,15 +101,20 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Record:
-    """A version and its files, as its record file holds them; `sealed` is the checksum that stands in that file."""
+    """A version and its files, as its record file holds them.
+
+    One that was read keeps the file's very bytes and checksum, so that a copy of it elsewhere is the same, whatever
+    fields later versions add.
+    """
 
     version: Version
     files: tuple[StoredFile, ...]
-    sealed: str | None = field(default=None, compare=False)
+    written: bytes | None = field(default=None, compare=False, repr=False)
+    sealed: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def checksum(self) -> str:
-        """What signatures bind. A record keeps the checksum it was written with, whatever later versions add."""
+        """The checksum in its file; signatures bind it."""
         return self.sealed or str(self.to_dict()["checksum"])
 
     @property
@@ -121,12 +126,12 @@ class Record:
         return value | {"checksum": hash_json(value)}
 
     def to_bytes(self) -> bytes:
-        return document_bytes(self.to_dict())
+        return self.written or document_bytes(self.to_dict())
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Record:
         """Raises Corrupt where the record does not match its own checksum, BadInput for a newer schema."""
-        return cls.from_dict(read_checked(data, where=where), where=where)
+        return replace(cls.from_dict(read_checked(data, where=where), where=where), written=data)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], *, where: str) -> Record:
@@ -145,7 +150,7 @@ class Record:
             raise Corrupt("the record contradicts itself", where=where)
         if type(version.version) is not int or version.version < 1:
             raise Corrupt(f"the record has the version number {version.version!r}", where=where)
-        return cls(version, files, value.get("checksum"))
+        return cls(version, files, sealed=value.get("checksum"))
 
 
 def _check_fields(version: Version) -> None:
