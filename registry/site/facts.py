@@ -121,7 +121,9 @@ def training_facts(entry: ShownVersion) -> list[Fact]:
     card = entry.card
     if card is None:
         return []
-    facts = [(shown(name, 60).replace("_", "-"), number(value)) for name, value in _mapping(card.training, "options").items()]
+    facts = [
+        (shown(name, 60).replace("_", "-"), number(value)) for name, value in _mapping(card.training, "options").items()
+    ]
     plain = ("seed", "device", "dtype")
     facts += [(name, number(card.training[name])) for name in plain if name in card.training]
     facts += [(shown(name, 60), number(value)) for name, value in _mapping(card.training, "versions").items()]

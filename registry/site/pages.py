@@ -108,7 +108,11 @@ class Site:
         ]
         data = {"columns": matrix.to_plain()["columns"], "versions": versions}
         return self._page(
-            "compare.html.jinja", title=f"Compare · {self.catalogue.title}", page="compare", data=data, count=len(versions)
+            "compare.html.jinja",
+            title=f"Compare · {self.catalogue.title}",
+            page="compare",
+            data=data,
+            count=len(versions),
         )
 
     def _mixtures(self) -> str:
@@ -254,5 +258,3 @@ def _heat_data(matrix: Matrix) -> dict[str, Any]:
     if len(matrix.columns) <= MOST_LIKENED:
         plain["like_columns"] = likeness_order(values.T)
     return plain
-
-

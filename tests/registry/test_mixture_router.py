@@ -32,7 +32,11 @@ def mixture(registry: Registry, expert: Maker, tmp_path: Path) -> Callable[..., 
     def make(file: str = "./router.safetensors", fingerprint: str | None = None) -> Path:
         sha256 = fingerprint or hash_file(tmp_path / "router.safetensors")
         value = {
-            **{"kind": "mixture", "schema": 2, "name": "two", "router": "fixed", "registry": str(registry.folder)},
+            "kind": "mixture",
+            "schema": 2,
+            "name": "two",
+            "router": "fixed",
+            "registry": str(registry.folder),
             "base": {"ref": "tiny", "fingerprint": "tiny-fingerprint"},
             "experts": entries,
             "gate": {"name": "softmax-top-k", "params": {}, "file": file, "fingerprint": sha256},
