@@ -613,7 +613,7 @@ def _tags_hint(index: Index, name: str) -> str:
 
 
 def _schema(mark: Path) -> int:
-    value = read_json(mark)
+    value = read_json(mark, most=4096)
     if not isinstance(value, dict) or value.get("kind") != "registry" or type(value.get("schema")) is not int:
         raise Corrupt("not the mark of a registry", where=str(mark))
     schema: int = value["schema"]

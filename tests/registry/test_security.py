@@ -6,13 +6,10 @@ Most are refused by `intake.py` and `content.py` on the way in, by `versions.py`
 
 from __future__ import annotations
 
-import ast
-import functools
 import io
 import json
 import os
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -27,16 +24,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from xpert.errors import BadInput, Corrupt, XpertError
-from xpert.printable import printable
 from xpert.registry import content as content_module
 from xpert.registry.content import check_content, open_inside
 from xpert.registry.intake import read_document
-from xpert.registry.names import check_name
 from xpert.registry.store import Registry
 from xpert.registry.strict_json import MOST_NESTED, check_json_text
 from xpert.registry.tensor_header import read_tensor_header
-from xpert.registry.versions import StoredFile
-from xpert.storage import hash_json
 
 ROOT = Path(__file__).resolve().parents[2]
 Maker = Callable[..., Path]
@@ -246,158 +239,6 @@ def test_nesting_is_counted_outside_of_texts() -> None:
     assert check_json_text(json.dumps(deep)) == deep
 
 
-# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-PATHS = [
-    *("", ".", "..", "/", "//", "/etc/passwd", "../x", "a/../x", "a/..", "./x", "a//b", "a/", "a/./b", "~/x", "-rf"),
-    *(
-        "a\\b",
-        "..\\x",
-        "C:\\x",
-        "C:x",
-        "a:b",
-        "a\0b",
-        "a\nb",
-        "a\x1b[2J",
-        "a\x7f",
-        "a\x85",
-        "a\u2028b",
-        "\u202etxt.exe",
-    ),
-    *("a" * 129, "a/" * 8 + "b", "a?", "a*", "a|b", "<a>", '"a"', "$HOME", "`id`", "a;b", "a&b"),
-    *("ａ.json", "еxpert.json", "expert\u2024json", "caf\u00e9", "cafe\u0301", "\ud800", "a\u200bb", "..\uff0fx"),
-    *(
-        "con",
-        "CON",
-        "nul.json",
-        "aux.tar.gz",
-        "com1",
-        "LPT9.txt",
-        "prn",
-        "a/con/b",
-        "conin$",
-        "a.",
-        "a ",
-        "a./b",
-        "a /b",
-    ),
-    *(".git", ".git/config", "a/.ssh", ".bashrc"),
-]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_paths_in_records(path: str) -> None:
-    with pytest.raises(BadInput, match="may not be the name"):
-        StoredFile(path, 1, "0" * 64)
-
-
-def sealed(registry: Registry, **changes: object) -> dict[str, Any]:
-    """A record of the registry with fields changed by someone who knows how to make the checksum."""
-    record = registry.records.read("acme/a", 1)
-    value = {k: v for k, v in record.to_dict().items() if k != "checksum"} | changes
-    files = value["files"]
-    if isinstance(files, list) and all(isinstance(file, dict) and "path" in file for file in files):
-        value.setdefault("digest", "")
-        if "digest" not in changes:
-            value["digest"] = hash_json({str(file["path"]): file.get("sha256") for file in files})
-    return value | {"checksum": hash_json(value)}
-
-
-def some_file(path: object, **changes: object) -> dict[str, object]:
-    return {"path": path, "size": 1, "sha256": "0" * 64, **changes}
-
-
-RECORDS: dict[str, dict[str, object]] = {
-    **{f"path {path!r}": {"files": [some_file(path)]} for path in ("../x", "/etc/passwd", "a\\b", "con", "")},
-    "a path that is a number": {"files": [some_file(5)]},
-    "a path twice": {"files": [some_file("a"), some_file("a")]},
-    "paths by case": {"files": [some_file("a.json"), some_file("A.json")]},
-    "a file that is a folder too": {"files": [some_file("a"), some_file("a/b")]},
-    "the same by case": {"files": [some_file("A"), some_file("a/b")]},
-    "a negative size": {"files": [some_file("a", size=-1)]},
-    "a size that is true": {"files": [some_file("a", size=True)]},
-    "a size that is a text": {"files": [some_file("a", size="1")]},
-    "a hash that is a path": {"files": [some_file("a", sha256="../" * 20 + "etc/passwd")]},
-    "a hash in capitals": {"files": [some_file("a", sha256="A" * 64)]},
-    "a hash of another length": {"files": [some_file("a", sha256="0" * 63)]},
-    "files that are no list": {"files": {"a": 1}},
-    "another digest": {"digest": "0" * 64},
-    "another kind": {"kind": "program"},
-    "a name outside": {"name": "../a"},
-    "a name of a device": {"name": "con/a"},
-    "another name": {"name": "acme/b"},
-    "another version": {"version": 2},
-    "a version that is a text": {"version": "1"},
-    "a version of zero": {"version": 0},
-    "a description that is a list": {"description": ["a"]},
-    "skills that are numbers": {"skills": [1, 2]},
-    "skills that are a text": {"skills": "abc"},
-    "scores that are texts": {"scores": {"a": "b"}},
-    "scores that are a list": {"scores": ["a"]},
-    "uses that are no references": {"uses": ["../x"]},
-    "a size that is not the sum": {"size": -5},
-    "a time that is a number": {"created": 5},
-}
-
-
-@pytest.mark.parametrize("case", RECORDS)
-def test_records_made_by_hand(case: str, registry: Registry, expert: Maker, tmp_path: Path) -> None:
-    registry.publish(expert(), "acme/a")
-    value = sealed(registry, **RECORDS[case])
-    path = registry.records.record_path("acme/a", 1)
-    path.unlink()
-    path.write_text(json.dumps(value))
-    with pytest.raises(Corrupt):
-        registry.records.read("acme/a", 1)
-    with pytest.raises(Corrupt):
-        registry.pull("acme/a", tmp_path / "out")
-    assert registry.verify() and not (tmp_path / "out").exists()
-
-
-NAMES_REFUSED = [
-    *(
-        "../x",
-        "a/..",
-        "a/b/c",
-        ".git/x",
-        "x/.git",
-        "con/x",
-        "x/NUL",
-        "com1.a/x",
-        "a./x",
-        "x/a.",
-        "a/",
-        "/a",
-        "~/a",
-        "-/a",
-    ),
-    *("a\\b/c", "a:b/c", "a/b\n", "a/\x1b[2J", "a/b@1", "a%2fb/c", "а/b", "a\u200b/b", "a/b c", "a" * 65 + "/b"),
-]
-
-
-@pytest.mark.parametrize("name", NAMES_REFUSED)
-def test_names(name: str, registry: Registry, expert: Maker) -> None:
-    with pytest.raises(BadInput, match="is not a name"):
-        check_name(name)
-    with pytest.raises(BadInput):
-        registry.publish(expert(), name)
-    with pytest.raises(BadInput):
-        registry.pull(name)
-    assert not registry.folder.exists()
-
-
-def test_names_that_look_reserved_but_are_not() -> None:
-    for name in ("console/x", "a/com", "a/com10", "nullable/aux-1", "a.b/c.d"):
-        assert check_name(name) == name
-
-
-def test_names_by_case_are_one(registry: Registry, expert: Maker) -> None:
-    registry.publish(expert(), "acme/a")
-    for name in ("Acme/b", "acme/A"):
-        with pytest.raises(BadInput, match="by case only"):
-            registry.publish(expert(name.replace("/", "-"), seed=1), name)
-
-
 # ── links, pipes, sizes ──────────────────────────────────────────────────────────────────────────────────────────
 
 ODD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -526,149 +367,3 @@ def test_a_long_pickle_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-
-
-# ── the way out ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_pull_never_writes_through_a_link(registry: Registry, expert: Maker, tmp_path: Path) -> None:
-    registry.publish(expert(), "acme/a")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "deeper")
-    with pytest.raises(BadInput):
-        registry.pull("acme/a", tmp_path / "out")
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def test_a_cached_folder_with_a_link_is_not_used(registry: Registry, expert: Maker) -> None:
-    registry.publish(expert(), "acme/a")
-    folder = registry.pull("acme/a")
-    content = (folder / "README.md").read_bytes()
-    (folder / "README.md").unlink()
-    elsewhere = folder.parent / "elsewhere"
-    elsewhere.write_bytes(content)
-    (folder / "README.md").symlink_to(elsewhere)  # the same bytes now, other bytes tomorrow
-    again = registry.pull("acme/a")
-    assert not (again / "README.md").is_symlink() and (again / "README.md").read_bytes() == content
-
-
-# ── terminals ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-NASTY = "nice\x1b[2J\x1b]0;owned\x07\x9b31m\r\nacme/forged  9  expert\u202e\u2028 end"
-
-
-def steering(text: str) -> set[str]:
-    return {c for c in text if c != "\n" and (ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u202e\u2028")}
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-def test_nothing_steers_the_terminal(as_json: bool, xpert: Run, expert: Maker) -> None:
-    folder = expert(description=NASTY, skills=(NASTY,), scores={NASTY: 0.5}, base=NASTY)
-    made = xpert("registry", "publish", folder, "--name", "acme/a")
-    assert made.exit_code == 0, made.stderr
-    for command in (["list"], ["show", "acme/a"], ["search", "nice"], ["search", "--min-score", "0.1"]):
-        result = xpert("registry", *command, *(["--json"] if as_json else []))
-        assert result.exit_code == 0, result.stderr
-        assert "nice" in result.stdout and not steering(result.stdout + result.stderr)
-        assert not any(line.startswith("acme/forged") for line in result.stdout.splitlines())
-        if as_json:
-            assert NASTY in str_values(json.loads(result.stdout))
-
-
-def str_values(value: Any) -> set[str]:
-    if isinstance(value, dict):
-        return {found for key, inner in value.items() for found in {key, *str_values(inner)}}
-    if isinstance(value, list):
-        return {found for inner in value for found in str_values(inner)}
-    return {value} if isinstance(value, str) else set()
-
-
-def test_errors_and_messages_do_not_either(xpert: Run, expert: Maker) -> None:
-    folder = expert()
-    (folder / ".hidden\x1b[2J").write_text("x")
-    made = xpert("registry", "publish", folder, "--name", "acme/a")
-    assert made.exit_code == 0 and "left out: .hidden\\u001b[2J" in made.stderr and not steering(made.stderr)
-    refused = xpert("registry", "show", "acme/\x1b[2J")
-    assert refused.exit_code == 2 and not steering(refused.stderr)
-    (folder / "a\x9b2J.md").write_text("x")
-    refused = xpert("registry", "publish", folder, "--name", "acme/a")
-    assert refused.exit_code == 2 and not steering(refused.stderr)
-
-
-@given(st.text())
-def test_printable(text: str) -> None:
-    shown = printable(text)
-    assert not steering(shown) and "\n" not in shown
-    shown.encode()
-    assert printable(shown) == shown
-    assert printable(text, keep="\n").count("\n") == text.count("\n")
-
-
-# ── code of others ───────────────────────────────────────────────────────────────────────────────────────────────
-
-FOLDERS = ("toolkit", "commands", "selectors", "experts", "registry", "examples", "benchmarks")
-
-
-@functools.cache
-def nodes() -> list[tuple[Path, ast.Call | ast.Dict]]:
-    """All calls and mappings of the code."""
-    return [
-        (path, node)
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call | ast.Dict)
-    ]
-
-
-def is_constant(node: ast.expr | None, value: object) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
-
-
-def test_code_that_comes_with_a_model_is_never_run() -> None:
-    """`trust_remote_code` stands nowhere but as False, in calls and in mappings of settings."""
-    wrong, seen = [], 0
-    for path, node in nodes():
-        if isinstance(node, ast.Call):
-            given = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
-        else:
-            pairs = zip(node.keys, node.values, strict=True)
-            given = [v for k, v in pairs if isinstance(k, ast.Constant) and k.value == "trust_remote_code"]
-        seen += len(given)
-        wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for value in given if not is_constant(value, False)]
-    assert not wrong and seen >= 4
-
-
-def test_nothing_unpickles() -> None:
-    """No call loads a pickle; torch.load only with weights_only=True, numpy.load never with allow_pickle."""
-    wrong = []
-    for path, node in nodes():
-        if isinstance(node, ast.Dict):
-            continue
-        name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
-        pickled = keywords.get("allow_pickle")
-        safe = is_constant(keywords.get("weights_only"), True)
-        if (
-            name
-            in {"pickle.load", "pickle.loads", "joblib.load", "dill.load", "dill.loads", "eval", "exec", "os.system"}
-            or (name == "torch.load" and not safe)
-            or (pickled is not None and not is_constant(pickled, False))
-            or (name in {"yaml.load", "yaml.unsafe_load"} and not _safe_loaders(path))
-        ):
-            wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
-    assert not wrong
-
-
-def _safe_loaders(path: Path) -> bool:
-    """Whether all loaders of YAML that a file names are safe ones."""
-    found = set(re.findall(r"\b\w*Loader\b", path.read_text(encoding="utf-8"))) - {"Loader"}
-    return bool(found) and all("Safe" in name for name in found)
-
-
-def test_registry_shells_out_to_nothing() -> None:
-    assert not [
-        path.name
-        for path in sorted((ROOT / "registry").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Import | ast.ImportFrom) and "subprocess" in ast.unparse(node)
-    ]
