@@ -105,7 +105,8 @@ class TrustList:
         if required or any(covers(name, version.name) for name in self.required):
             whose = "and no key is trusted for it" if pattern is None else "but must be signed by a trusted key"
             return Verdict(False, None, f"{found}, {whose}")
-        return Verdict(True, None, f"{found}; nothing demands a trusted signature")
+        besides = ", not trusted for it" if signatures else ""
+        return Verdict(True, None, f"{found}{besides}; nothing demands a trusted signature")
 
     def enforce(self, record: Record, signatures: Sequence[Signature], *, required: bool = False) -> Verdict:
         """The verdict; raises BadInput where it is a refusal, Corrupt for a signature that does not verify."""
@@ -259,4 +260,4 @@ def _found(signatures: Sequence[Signature]) -> str:
     if not signatures:
         return "unsigned"
     shown = ", ".join(fingerprint(made.key) for made in signatures[:3])
-    return f"signed by {shown}{' and others' if len(signatures) > 3 else ''}, not trusted for it"
+    return f"signed by {shown}{' and others' if len(signatures) > 3 else ''}"
