@@ -144,7 +144,9 @@ def _usage_line(error: click.UsageError) -> str:
 
 
 def _fail(line: str, status: int) -> NoReturn:
-    click.echo(f"xpert: {' '.join(line.split())}", err=True)
+    from xpert.printable import printable
+
+    click.echo(f"xpert: {printable(' '.join(line.split()))}", err=True)
     sys.exit(status)
 
 

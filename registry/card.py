@@ -26,6 +26,7 @@ __all__ = [
     "SkillScore",
 ]
 
+_MOST_BYTES = 16 << 20
 CARD_FILE = "expert.json"
 EXEMPLARS_FILE = "exemplars.jsonl"
 SCHEMA = 2
@@ -174,7 +175,7 @@ class ExpertCard:
             raise NotFound(
                 f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
             )
-        return cls.from_dict(read_json(path), where=str(path))
+        return cls.from_dict(read_json(path, most=_MOST_BYTES), where=str(path))
 
 
 def _profile(value: Mapping[str, Any]) -> SkillProfile:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.content import MOST_TEXT, check_content, open_inside
 from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
+from xpert.registry.strict_json import parse_json
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
 
@@ -45,8 +46,6 @@ GIB = 1 << 30
 
 _MOST_FILES = 1_000
 MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
-_MOST_TEXT = 256 << 20  # bytes of any other text
-_TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
 _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
@@ -94,8 +93,9 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
     card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
     files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
-        _check_content(path)
-        files.append((path, describe_file(path, name)))
+        with open_inside(folder, name) as stream:
+            judged = check_content(stream, path.suffix, where=str(path))
+        files.append((path, _described(path, name, judged.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -110,6 +110,14 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
     )
 
 
+def _described(path: Path, name: str, sha256: str | None) -> StoredFile:
+    """The file as the record holds it; raises BadInput where it is no longer what was judged."""
+    stored = describe_file(path, name)
+    if stored.sha256 != sha256:
+        raise BadInput("changed while it was being published", where=str(path), hint="publish it again")
+    return stored
+
+
 def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple[str, ...]]:
     """(name inside the folder, path) of all files that travel, sorted, and the names of what stays behind."""
     found: list[tuple[str, Path]] = []
@@ -118,8 +126,8 @@ def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple
     for path in _walk(folder, left_out):
         size = path.stat().st_size
         total += size
-        if path.suffix != ".safetensors" and size > _MOST_TEXT:
-            raise BadInput(f"a text of {size:,} bytes; the most is {_MOST_TEXT:,}", where=str(path))
+        if path.suffix != ".safetensors" and size > MOST_TEXT:
+            raise BadInput(f"a text of {size:,} bytes; the most is {MOST_TEXT:,}", where=str(path))
         found.append((path.relative_to(folder).as_posix(), path))
         if len(found) > _MOST_FILES:
             raise BadInput(
@@ -148,65 +156,6 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             yield path
         else:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
-
-
-def _check_content(path: Path) -> None:
-    with open_plain(path) as stream:
-        start = stream.read(4096)
-        seems = _binary_kind(start)
-        if seems is not None:
-            raise BadInput(
-                f"refused: it is {seems}, whatever its name", where=str(path), hint="remove it from the folder"
-            )
-        if path.suffix == ".safetensors":
-            read_tensor_header(path)
-            return
-        if path.suffix not in _TEXTS:
-            raise BadInput(
-                "not a file of an expert, which are safetensors and text",
-                where=str(path),
-                hint=f"remove it; taken are .safetensors {' '.join(sorted(_TEXTS))}",
-            )
-        data = start + stream.read(_MOST_TEXT)
-    try:
-        text = data.decode()
-        if "\0" in text:
-            raise ValueError("it holds a NUL character")
-    except ValueError as error:
-        raise BadInput(f"not UTF-8 text: {error}", where=str(path), hint="remove it from the folder") from None
-    if _is_pickle(data):
-        raise BadInput("refused: it is a pickle, whatever its name", where=str(path), hint="remove it from the folder")
-    _check_json(path, text)
-
-
-def _check_json(path: Path, text: str) -> None:
-    lines = text.split("\n") if path.suffix == ".jsonl" else [text] if path.suffix == ".json" else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() or path.suffix == ".json":
-                json.loads(line)
-        except (ValueError, RecursionError) as error:
-            place = f" in line {number}" if path.suffix == ".jsonl" else ""
-            raise Corrupt(f"not valid JSON{place}: {error}", where=str(path)) from None
-
-
-def _binary_kind(start: bytes) -> str | None:
-    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "a pickle"
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "a zip archive (as torch.save writes its pickles)"
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd" or start[257:262] == b"ustar":
-        return "an archive"
-    return None
-
-
-def _is_pickle(data: bytes) -> bool:
-    """True where the bytes run through as a pickle program, as those of the old text protocols do."""
-    try:
-        *_, (last, _, _) = pickletools.genops(data)
-    except Exception:  # whatever ails the parser: these bytes are no pickle
-        return False
-    return len(data) > 1 and last.name == "STOP"
 
 
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
@@ -296,10 +245,11 @@ def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFi
     file = path.resolve().parent / name
     if not file.is_file():
         raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
-    _check_content(file)
     if file.suffix != ".safetensors":
         raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
-    stored = describe_file(file, ROUTER_FILE)
+    with open_plain(file) as stream:
+        judged = check_content(stream, file.suffix, where=str(file))
+    stored = _described(file, ROUTER_FILE, judged.sha256)
     if gate.get("fingerprint") not in (None, stored.sha256):
         raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
     return file, stored
@@ -307,16 +257,8 @@ def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFi
 
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
-    size = path.stat().st_size
-    if size > MOST_DOCUMENT:
-        raise BadInput(f"{size:,} bytes; the most is {MOST_DOCUMENT:,}", where=str(path))
     with open_plain(path) as stream:
-        return parse_json(stream.read(MOST_DOCUMENT + 1), where=str(path))
-
-
-def parse_json(data: bytes, *, where: str) -> Any:
-    """Raises Corrupt for what is not JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"not valid JSON: {error}", where=where) from None
+        data = stream.read(MOST_DOCUMENT + 1)
+    if len(data) > MOST_DOCUMENT:
+        raise BadInput(f"more than {MOST_DOCUMENT:,} bytes", where=str(path))
+    return parse_json(data, where=str(path))

@@ -24,6 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tag": ("tag", "Move a tag, such as `stable`, to a version."),
     "untag": ("untag", "Take a tag away from a name."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
+    "sign": ("sign", "Vouch for a version with your signature."),
+    "keygen": ("keygen", "Make a key to sign versions with."),
+    "trust": ("trust", "Say whose signatures count, and what must be signed."),
     "gc": ("collect", "Remove files that no version needs."),
     "rebuild": ("rebuild", "Make names and index again from the blobs."),
 }
