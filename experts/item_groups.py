@@ -25,6 +25,9 @@ __all__ = ["ItemGroups", "ItemSpace", "by_cluster", "by_names"]
 LEAST_PER_CLUSTER = 10
 """`auto` makes clusters of this many items on average, or none: on fewer, an interval says next to nothing."""
 
+LONGEST_NAME = 120
+MOST_GROUPS = 1000
+
 
 @dataclass(frozen=True)
 class ItemGroups:
@@ -138,16 +141,19 @@ def cluster_names(terms: Sequence[Sequence[str]]) -> list[str]:
     """Three telling terms each; a cluster without any, or with the terms of another, has its number as well."""
     names: list[str] = []
     for number, own in enumerate(terms):
-        name = ", ".join(own[:3]) or f"cluster {number}"
+        name = ", ".join(own[:3])[:LONGEST_NAME] or f"cluster {number}"
         names.append(f"{name} ({number})" if name in names else name)
     return names
 
 
 def by_names(names: Sequence[Sequence[str]], least: int = 1) -> dict[str, tuple[int, ...]]:
-    """Names of each item -> items of each name, where they are `least` at least; the largest first, then by name."""
+    """Names of each item -> items of each name, where they are `least` at least; the largest first, then by name.
+
+    Only the 1,000 largest: a card is to be read.
+    """
     places: dict[str, list[int]] = {}
     for row, own in enumerate(names):
         for name in dict.fromkeys(own):
             places.setdefault(name, []).append(row)
     kept = {name: tuple(rows) for name, rows in places.items() if len(rows) >= least}
-    return dict(sorted(kept.items(), key=lambda entry: (-len(entry[1]), entry[0])))
+    return dict(sorted(kept.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:MOST_GROUPS])

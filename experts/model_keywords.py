@@ -36,7 +36,7 @@ Which core knowledge, subjects or skills does one need to solve this task? Name 
 each, separated by commas. Do not solve the task. Write the keywords only.
 Keywords:"""
 _LABEL = re.compile(r"^\s*(?:[*_#]*\s*)?(?:the\s+)?key\s?words?(?:\s+are)?[*_]*\s*:", re.IGNORECASE)
-_BORDER = re.compile(r"[,;•|]|\n|(?:^|\s)\d{1,2}[.)]\s|\s[-*]\s")
+_BORDER = re.compile(r"(?:^|\s)(?:\d{1,2}[.)]|[-*])\s|[,;•|\n]")
 
 
 def keywords_by_model(prompts: Sequence[str], judge: Judge, least: int) -> ItemGroups:

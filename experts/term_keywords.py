@@ -14,6 +14,7 @@ from xpert.storage import hash_texts
 __all__ = ["keywords_by_terms", "telling_terms_of_items"]
 
 MOST_PER_ITEM = 5
+LONGEST = 60
 COMMONEST = 0.5
 """A term of more items than this share tells none of them."""
 ALIKE = 0.9
@@ -69,7 +70,8 @@ def telling_terms_of_items(prompts: Sequence[str], least: int) -> list[list[str]
     for row in range(len(prompts)):
         terms = held.indices[held.indptr[row] : held.indptr[row + 1]]
         ranked = terms[np.lexsort((terms, -weights[terms]))]
-        found.append(without_repeats((str(names[term]) for term in ranked), MOST_PER_ITEM))
+        short = (name for term in ranked if len(name := str(names[term])) <= LONGEST)
+        found.append(without_repeats(short, MOST_PER_ITEM))
     return found
 
 
