@@ -36,9 +36,12 @@ class Session:
     def progress(self) -> Progress:
         return SILENT if self.quiet else StreamProgress(sys.stderr)
 
-    def result(self, value: Mapping[str, Any], text: str) -> None:
-        """Prints the result to stdout: `value` as one JSON object with --json, else `text`."""
-        click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False) if self.as_json else text)
+    def result(self, value: Mapping[str, Any], text: str | Callable[[], str]) -> None:
+        """Prints the result to stdout: `value` as one JSON object with --json, else `text` (or what it makes)."""
+        if self.as_json:
+            click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        else:
+            click.echo(text if isinstance(text, str) else text())
 
 
 def _check_device(context: click.Context, parameter: click.Parameter, value: str) -> str:

@@ -63,4 +63,4 @@ def _fill(blobs: BlobStore, record: Record, folder: Path) -> None:
     for file in record.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        blobs.copy(file.sha256, target, what=f"{record.version.ref}: {file.path}")
+        blobs.copy(file, target, what=f"{record.version.ref}: {file.path}")

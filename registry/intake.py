@@ -6,6 +6,7 @@ refused wherever they stand. Sizes are bounded before anything is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,20 +20,31 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
-from xpert.storage import hash_file
 
-__all__ = ["GIB", "MIXTURE_FILE", "WEIGHTS_FILE", "Intake", "examine", "read_document"]
+__all__ = [
+    "GIB",
+    "MIXTURE_FILE",
+    "MOST_DOCUMENT",
+    "WEIGHTS_FILE",
+    "Content",
+    "Intake",
+    "examine",
+    "parse_json",
+    "read_document",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MIXTURE_FILE = "mixture.json"
+ROUTER_FILE = "gate.safetensors"
 GIB = 1 << 30
 
 _MOST_FILES = 1_000
-_MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
+MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
 _MOST_TEXT = 256 << 20  # bytes of any other text
 _TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
@@ -40,12 +52,16 @@ _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
 
 
+Content = Path | bytes
+"""Where a file's content is: on disk, or here."""
+
+
 @dataclass(frozen=True)
 class Intake:
     """What was found: the files with where they lie, what the record says of them, and what was left out."""
 
     kind: str
-    files: tuple[tuple[Path, StoredFile], ...]
+    files: tuple[tuple[Content, StoredFile], ...]
     base: str
     base_fingerprint: str
     description: str
@@ -76,10 +92,10 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
         )
     found, left_out = _gather(folder, max_bytes)
     card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
-    files = []
+    files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
         _check_content(path)
-        files.append((path, StoredFile(name, path.stat().st_size, hash_file(path))))
+        files.append((path, describe_file(path, name)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -249,10 +265,16 @@ def _examine_mixture(path: Path) -> Intake:
         fingerprints.append(str(entry.get("fingerprint") or ""))
     base = document.get("base")
     base = base if isinstance(base, dict) else {}
-    stored = StoredFile(MIXTURE_FILE, path.stat().st_size, hash_file(path))
+    router_file = _router_file(path, document)
+    # Where the experts came from is a path of the publisher's machine; here they come from this registry.
+    plain = {key: value for key, value in document.items() if key != "registry"}
+    if router_file is not None:
+        plain["gate"] = {**plain["gate"], "file": f"./{router_file[1].path}"}
+    content = (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    stored = StoredFile(MIXTURE_FILE, len(content), hashlib.sha256(content).hexdigest())
     return Intake(
         kind="mixture",
-        files=((path, stored),),
+        files=((content, stored), *((router_file,) if router_file is not None else ())),
         base=str(base.get("ref") or ""),
         base_fingerprint=str(base.get("fingerprint") or ""),
         description=str(document.get("description") or ""),
@@ -263,13 +285,38 @@ def _examine_mixture(path: Path) -> Intake:
     )
 
 
+def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFile] | None:
+    """The file of a trained router, as the gate of a mixture names it; checked like an expert's weights."""
+    gate = mixture.get("gate")
+    if not isinstance(gate, dict) or gate.get("file") is None:
+        return None
+    name = gate["file"]
+    if not isinstance(name, str):
+        raise Corrupt("the mixture's gate names no file", where=str(path))
+    file = path.resolve().parent / name
+    if not file.is_file():
+        raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
+    _check_content(file)
+    if file.suffix != ".safetensors":
+        raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
+    stored = describe_file(file, ROUTER_FILE)
+    if gate.get("fingerprint") not in (None, stored.sha256):
+        raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
+    return file, stored
+
+
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
     size = path.stat().st_size
-    if size > _MOST_DOCUMENT:
-        raise BadInput(f"{size:,} bytes; the most is {_MOST_DOCUMENT:,}", where=str(path))
+    if size > MOST_DOCUMENT:
+        raise BadInput(f"{size:,} bytes; the most is {MOST_DOCUMENT:,}", where=str(path))
+    with open_plain(path) as stream:
+        return parse_json(stream.read(MOST_DOCUMENT + 1), where=str(path))
+
+
+def parse_json(data: bytes, *, where: str) -> Any:
+    """Raises Corrupt for what is not JSON."""
     try:
-        with open_plain(path) as stream:
-            return json.loads(stream.read(_MOST_DOCUMENT + 1))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
+        raise Corrupt(f"not valid JSON: {error}", where=where) from None

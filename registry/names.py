@@ -11,24 +11,37 @@ from urllib.parse import unquote, urlsplit
 from xpert.errors import BadInput, Unavailable
 from xpert.storage import data_folder
 
-__all__ = ["LATEST", "NAME_PATTERN", "Ref", "check_name", "default_registry", "parse_ref", "registry_folder"]
+__all__ = [
+    "LATEST",
+    "NAME_PATTERN",
+    "TAG_PATTERN",
+    "Ref",
+    "check_name",
+    "check_tag",
+    "default_registry",
+    "parse_ref",
+    "registry_folder",
+]
 
 LATEST = "latest"
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_PATTERN = re.compile(f"{_PART}/{_PART}")
+TAG_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A name and a version; version None is the latest one."""
+    """A name with a version or a tag; where neither is given, the tag `latest` is meant."""
 
     name: str
     version: int | None = None
+    tag: str | None = None
 
     def __str__(self) -> str:
-        return self.name if self.version is None else f"{self.name}@{self.version}"
+        which = self.tag if self.version is None else self.version
+        return self.name if which is None else f"{self.name}@{which}"
 
 
 def check_name(name: str) -> str:
@@ -41,15 +54,24 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_tag(tag: str) -> str:
+    """Returns `tag`; raises BadInput unless it is a small letter followed by small letters, digits, `_` and `-`."""
+    if TAG_PATTERN.fullmatch(tag) is None:
+        raise BadInput(f"{tag!r} is not a tag", hint="write up to 32 small letters, digits, '_' or '-', a letter first")
+    return tag
+
+
 def parse_ref(text: str) -> Ref:
-    """`owner/name`, `owner/name@3` or `owner/name@latest`; raises BadInput for anything else."""
+    """`owner/name`, `owner/name@3` or `owner/name@stable`; raises BadInput for anything else."""
     name, at, version = text.partition("@")
     check_name(name)
-    if not at or version == LATEST:
+    if not at:
         return Ref(name)
-    if _VERSION.fullmatch(version) is None:
-        raise BadInput(f"{version!r} is not a version of {name}", hint=f"write {name}@3, or {name}@{LATEST}")
-    return Ref(name, int(version))
+    if _VERSION.fullmatch(version):
+        return Ref(name, int(version))
+    if TAG_PATTERN.fullmatch(version) is None:
+        raise BadInput(f"{version!r} is not a version of {name}", hint=f"write {name}@3, or a tag: {name}@{LATEST}")
+    return Ref(name, tag=version)
 
 
 def default_registry() -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from xpert.errors import Corrupt
 
-__all__ = ["TensorEntry", "read_tensor_header"]
+__all__ = ["TensorEntry", "read_tensor_header", "read_tensor_spans"]
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _BITS = {
@@ -25,10 +25,13 @@ _BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its type as safetensors writes it (`F32`, `BF16`, ...) and its shape."""
+    """One tensor: its type as safetensors writes it (`F32`, `BF16`, ...), its shape, and its [start, end) in bytes from
+    where the tensors begin."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
+    end: int = 0
 
 
 def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
@@ -37,6 +40,16 @@ def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
     Raises Corrupt unless the header is whole and the tensors fill the rest of the file without gap or overlap, as the
     format demands (https://github.com/huggingface/safetensors#format). Reads the header alone, at most 100 MB.
     """
+    return _read(path)[1]
+
+
+def read_tensor_spans(path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Where the tensors begin in the file, and the [start, end) of each from there, in order. Errors as above."""
+    begin, tensors = _read(path)
+    return begin, sorted((entry.start, entry.end) for entry in tensors.values())
+
+
+def _read(path: Path) -> tuple[int, dict[str, TensorEntry]]:
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -47,7 +60,7 @@ def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
         if not raw.startswith(b"{"):
             raise ValueError("its header is not JSON")
         header = json.loads(raw, object_pairs_hook=_without_repeats)
-        return _tensors(header, size - 8 - length)
+        return 8 + length, _tensors(header, size - 8 - length)
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise Corrupt(f"not a sound safetensors file: {error}", where=str(path)) from None
 
@@ -69,7 +82,7 @@ def _tensors(header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntr
         start, end = offsets
         if (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
             raise ValueError(f"{name!r} does not hold as many bytes as its shape says")
-        found[name] = TensorEntry(dtype, tuple(shape))
+        found[name] = TensorEntry(dtype, tuple(shape), start, end)
         spans.append((start, end))
     position = 0
     for start, end in sorted(spans):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -209,6 +208,8 @@ def read_manifest(folder: Path, kind: str, *, schema: int = 1) -> dict[str, Any]
 
 def package_versions() -> dict[str, str]:
     """Versions of Python, xpert and the packages that shape results; those not installed are left out."""
+    import importlib.metadata  # takes a while to load, and most who come here write no manifest
+
     versions = {"python": platform.python_version()}
     for name in ("xpert-toolkit", "torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy"):
         with suppress(importlib.metadata.PackageNotFoundError):

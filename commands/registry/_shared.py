@@ -31,8 +31,8 @@ def interval(value: dict[str, Any]) -> str:
 
 
 def skills_shown(version: Version) -> str:
-    shown = ", ".join(version.skills[:3])
-    return f"{shown} +{len(version.skills) - 3}" if len(version.skills) > 3 else shown or "-"
+    shown = ", ".join(version.strengths[:3])
+    return f"{shown} +{len(version.strengths) - 3}" if len(version.strengths) > 3 else shown or "-"
 
 
 def numbers_shown(versions: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ def command(session: Session, registry: Registry, ref: str) -> None:
         **details.version.to_dict(),
         "ref": details.version.ref,
         "versions": list(details.versions),
+        "tags": dict(details.tags),
         "files": [dataclasses.asdict(file) for file in details.files],
         "card" if details.version.kind == "expert" else "mixture": details.document,
     }
@@ -34,9 +35,10 @@ def _shown(details: Details) -> str:
     facts = {
         "kind": version.kind,
         "versions": numbers_shown(details.versions),
+        "tags": ", ".join(f"{tag} ({number})" for tag, number in sorted(details.tags.items())),
         "description": version.description,
         "base": f"{version.base} ({version.base_fingerprint[:12]})" if version.base else "",
-        "skills": ", ".join(version.skills),
+        "skills": ", ".join(version.strengths),
         "experts": ", ".join(version.uses),
         "licences": ", ".join(f"{name} ({n})" for name, n in (details.document.get("licences") or {}).items()),
         "digest": version.digest,

@@ -1,0 +1,352 @@
+"""The Hub through `huggingface_hub`: its errors in our words, what passes tried again, and files read by stretches.
+
+Tokens are the client's own business (HF_TOKEN, `hf auth login`); none is read or shown here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from xpert.errors import BadInput, NotFound, Unavailable, XpertError
+from xpert.registry.remotes._hub_layout import Entry, Head
+from xpert.registry.remotes._transfer import Told, in_parallel
+
+__all__ = ["LARGE", "WAITS", "HubClient", "Moved", "Stretch", "endpoint_shown", "passing"]
+
+T = TypeVar("T")
+WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before what failed in passing is tried again."""
+LARGE = 1 << 20
+"""Bytes from which a file travels ahead of its commit, on a thread of its own."""
+TIMEOUT = 60.0
+_PASSING = (408, 429, 500, 502, 503, 504)
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class Moved(Exception):
+    """A commit was refused, since somebody else made one before it."""
+
+
+def endpoint_shown() -> str:
+    """The address that HF_ENDPOINT asks for, without credentials; "" for the Hub itself."""
+    address = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    parts = urlsplit(address)
+    return (
+        "" if not address or parts.hostname == "huggingface.co" else f"{parts.scheme}://{parts.netloc.split('@')[-1]}"
+    )
+
+
+class HubClient:
+    """The calls that a registry needs. `where` is what errors name."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    @cached_property
+    def api(self) -> Any:
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise Unavailable(
+                "huggingface_hub is not installed", where=self.where, hint="pip install huggingface_hub"
+            ) from None
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or None, library_name="xpert")
+
+    # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def errors(self, where: str | None = None) -> Iterator[None]:
+        """Turns the client's errors into ours."""
+        try:
+            yield
+        except (XpertError, FileExistsError, Moved):
+            raise
+        except Exception as error:
+            translated = _translated(error, where or self.where)
+            if translated is None:
+                raise
+            raise translated from None
+
+    def ask(self, call: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+        """`call` with what passes tried again; for calls that may be made twice."""
+        for wait in WAITS:
+            try:
+                return call(*arguments, **settings)
+            except Exception as error:
+                if not passing(error):
+                    raise
+                time.sleep(wait)
+        return call(*arguments, **settings)
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def head(self, repository: str, revision: str | None = None) -> Head:
+        """The newest commit of `main`, or the one that a revision means, with its files. Two requests."""
+        with self.errors(repository):
+            commit = str(self.ask(self.api.model_info, repository, revision=revision, timeout=TIMEOUT).sha)
+            return self.tree(repository, commit)
+
+    def tree(self, repository: str, commit: str, folder: str | None = None) -> Head:
+        """A commit's files, or those under a folder. A request per 1,000."""
+        files = {}
+        with self.errors(repository):
+            listing = self.api.list_repo_tree(repository, folder, recursive=True, revision=commit)
+            for entry in listing:
+                if hasattr(entry, "blob_id"):  # a file; folders have a tree_id
+                    sha256 = None if entry.lfs is None else entry.lfs.sha256
+                    files[entry.path] = Entry(int(entry.size), str(entry.blob_id), sha256)
+        return Head(repository, commit, files)
+
+    def tags(self, repository: str) -> dict[str, str]:
+        """Git tag -> the commit it points to."""
+        with self.errors(repository):
+            refs = self.ask(self.api.list_repo_refs, repository)
+        return {str(ref.name): str(ref.target_commit) for ref in refs.tags}
+
+    def titled(self, repository: str, title: str) -> str | None:
+        """The newest commit with that first line. A request per some 50 commits."""
+        with self.errors(repository):
+            commits = self.api.list_repo_commits(repository)
+        return next((str(commit.commit_id) for commit in commits if commit.title == title), None)
+
+    def namespaces(self) -> list[str]:
+        """The user's own name and those of their organizations; none where nobody is logged in."""
+        from huggingface_hub import get_token
+
+        with self.errors():
+            if get_token() is None:
+                return []
+            who = self.ask(self.api.whoami)
+        return [str(who["name"]), *(str(organization["name"]) for organization in who.get("orgs") or ())]
+
+    def small(self, repository: str, revision: str, path: str, most: int) -> bytes:
+        """A small file, its size bounded while it is read; raises NotFound where there is none."""
+        with self.errors(f"{repository}/{path}"):
+            stretch = Stretch(self, repository, revision, path)
+            try:
+                data = stretch.read(0, most + 1)
+            finally:
+                stretch.close()
+        if len(data) > most:
+            raise BadInput(f"more than the {most:,} bytes that are allowed", where=f"{repository}/{path}")
+        return data
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def create(self, repository: str, *, private: bool | None) -> None:
+        """Makes a repository, unless it is there already."""
+        with self.errors(repository):
+            self.ask(self.api.create_repo, repository, private=private, exist_ok=True)
+
+    def upload(self, repository: str, additions: Sequence[Any], told: Told, workers: int) -> None:
+        """Sends the large contents of a commit ahead, in parallel; what the Hub has already does not travel."""
+
+        def send(addition: Any) -> None:
+            self.api.preupload_lfs_files(repository, [addition], free_memory=False)
+            told(addition.upload_info.size)
+
+        large = [addition for addition in additions if addition.upload_info.size >= LARGE]
+        with self.errors(repository), _quiet():
+            in_parallel(send, large, workers)
+        told(sum(addition.upload_info.size for addition in additions if addition.upload_info.size < LARGE))
+
+    def commit(self, repository: str, operations: Iterable[Any], title: str, parent: str) -> str:
+        """All operations in one commit upon `parent`, and its hash; raises Moved where `main` is not there any more."""
+        with self.errors(repository), _quiet():
+            try:
+                made = self.api.create_commit(
+                    repository, list(operations), commit_message=title, parent_commit=parent, num_threads=8
+                )
+            except Exception as error:
+                if _status(error) in (409, 412):
+                    raise Moved from None
+                raise
+        return str(made.oid)
+
+    def tag(self, repository: str, tag: str, commit: str) -> None:
+        with self.errors(repository):
+            self.ask(self.api.create_tag, repository, tag=tag, revision=commit, exist_ok=True)
+
+    def untag(self, repository: str, tag: str) -> None:
+        """Deletes a git tag; that it is gone already is no fault."""
+        with suppress(NotFound), self.errors(repository):
+            self.ask(self.api.delete_tag, repository, tag=tag)
+
+
+class Stretch:
+    """Bytes of a file at a commit, read onward over one connection, which is made anew where it breaks or one jumps."""
+
+    def __init__(self, client: HubClient, repository: str, revision: str, path: str) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self._client = client
+        self._url = hf_hub_url(repository, path, revision=revision, endpoint=client.api.endpoint)
+        self._response: Any = None
+        self._chunks: Iterator[bytes] = iter(())
+        self._at, self._held = 0, b""
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes [start, end), fewer where the file ends before."""
+        found = bytearray()
+        for wait in (*WAITS, None):
+            try:
+                if self._response is None or self._at != start + len(found):
+                    self._open(start + len(found))
+                while len(found) < end - start and (data := self._some(end - start - len(found))):
+                    found += data
+                return bytes(found)
+            except Exception as error:
+                self.close()
+                if wait is None or not passing(error):
+                    raise
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
+        self._response, self._held = None, b""
+
+    def _open(self, start: int) -> None:
+        from huggingface_hub import get_session
+
+        utils = _utils()
+        self.close()
+        headers = {**utils.build_hf_headers(library_name="xpert"), "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        session = get_session()
+        request = session.build_request("GET", self._url, headers=headers, timeout=TIMEOUT)
+        # The client takes the token off where storage at another host is pointed to.
+        response = session.send(request, stream=True, follow_redirects=True)
+        self._response, self._at = response, start
+        if response.status_code == 416:  # the file ends before
+            self._chunks = iter(())
+            return
+        utils.hf_raise_for_status(response)
+        self._chunks = response.iter_bytes()
+        if start and response.status_code != 206:  # told from the beginning all the same
+            self._at = 0
+            while self._at < start and self._some(start - self._at):
+                pass
+
+    def _some(self, most: int) -> bytes:
+        """The next bytes, at most so many; none at the end."""
+        while not self._held:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return b""
+            self._held = chunk
+        data, self._held = self._held[:most], self._held[most:]
+        self._at += len(data)
+        return data
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The client's own bars and its warnings, which show addresses that storage was opened with, are kept back."""
+    from huggingface_hub import constants
+
+    utils = _utils()
+    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled()
+    level = utils.logging.get_verbosity()
+    if bars:
+        utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if bars:
+            utils.enable_progress_bars()
+
+
+def _utils() -> Any:
+    """The client's documented tools, which its types do not list as exported."""
+    from huggingface_hub import utils
+
+    return utils
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an answer that the client raised as an error."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same request may do better in a moment: no connection, or a server in trouble."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how the client tells of a failed upload
+        return passing(cause)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return False
+    status = _status(error)
+    if isinstance(error, errors.HfHubHTTPError):
+        return status in _PASSING
+    # The root of the errors of the library below, whichever of its generations the client uses.
+    root: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009
+    return isinstance(error, root)
+
+
+def _translated(error: BaseException, where: str) -> Exception | None:
+    """One of our errors for one of the client's; None for what is a defect."""
+    from huggingface_hub import errors
+
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _translated(error.__cause__, where)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return BadInput("the Hub asks who you are", where=where, hint=_LOG_IN)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return Unavailable("the Hub's client is set to stay offline", where=where, hint="unset HF_HUB_OFFLINE")
+    if isinstance(error, errors.HFValidationError):
+        return BadInput("the Hub allows no repository of that name", where=where, hint="choose another name")
+    if isinstance(error, errors.GatedRepoError):
+        return BadInput("its owner asks for consent", where=where, hint=f"accept its terms on the Hub, and {_LOG_IN}")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refusal(error, where)
+    if isinstance(error, ValueError) and "metadata" in str(error):
+        line = str(error).splitlines()[-1].lstrip("- ")
+        return BadInput(f"the Hub refuses the metadata of README.md: {line}", where=where, hint="correct README.md")
+    if passing(error):
+        return Unavailable(
+            f"the Hub cannot be reached ({type(error).__name__})", where=where, hint="look after your connection"
+        )
+    return None
+
+
+def _refusal(error: Any, where: str) -> Exception:
+    from huggingface_hub import errors
+
+    status, said = _status(error), str(getattr(error, "server_message", None) or "").splitlines()
+    if status == 401 and said[:1] == ["Invalid credentials in Authorization header"]:
+        return BadInput("the Hub does not know your token", where=where, hint=_LOG_IN)
+    if status == 401:
+        return BadInput("there is nothing there, or it is private and you are not logged in", where=where, hint=_LOG_IN)
+    if status == 403:
+        return BadInput(
+            f"your token may not do this{_said(said)}",
+            where=where,
+            hint="use a token with write access to the namespace",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return NotFound("there is no such repository, or your token does not see it", where=where)
+    if status == 404:
+        return NotFound("there is no such file or revision", where=where)
+    if status == 429:
+        return Unavailable("the Hub asks to come back later (429)", where=where, hint="wait some minutes")
+    if status is not None and status >= 500:
+        return Unavailable(f"the Hub is in trouble ({status})", where=where, hint="try again later")
+    return BadInput(f"the Hub refuses it ({status}){_said(said)}", where=where)
+
+
+def _said(lines: Sequence[str]) -> str:
+    return f": {lines[0][:200]}" if lines else ""
