@@ -20,13 +20,13 @@ from xpert.records import SuiteItem
 if TYPE_CHECKING:
     from xpert.features import Features
 
-__all__ = ["ItemGroups", "ItemSpace", "by_cluster", "by_names"]
+__all__ = ["MOST_KEYWORDS", "ItemGroups", "ItemSpace", "by_cluster", "by_names", "cluster_names", "of_keywords"]
 
 LEAST_PER_CLUSTER = 10
 """`auto` makes clusters of this many items on average, or none: on fewer, an interval says next to nothing."""
 
 LONGEST_NAME = 120
-MOST_GROUPS = 1000
+MOST_KEYWORDS = 1000
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,20 @@ def cluster_names(terms: Sequence[Sequence[str]]) -> list[str]:
 
 
 def by_names(names: Sequence[Sequence[str]], least: int = 1) -> dict[str, tuple[int, ...]]:
-    """Names of each item -> items of each name, where they are `least` at least; the largest first, then by name.
-
-    Only the 1,000 largest: a card is to be read.
-    """
+    """Names of each item -> items of each name, where they are `least` at least; the largest first, then by name."""
     places: dict[str, list[int]] = {}
     for row, own in enumerate(names):
         for name in dict.fromkeys(own):
             places.setdefault(name, []).append(row)
     kept = {name: tuple(rows) for name, rows in places.items() if len(rows) >= least}
-    return dict(sorted(kept.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:MOST_GROUPS])
+    return dict(sorted(kept.items(), key=lambda entry: (-len(entry[1]), entry[0])))
+
+
+def of_keywords(
+    found: Mapping[str, tuple[int, ...]], how: Mapping[str, Any], *, items: int, smaller: int = 0
+) -> ItemGroups:
+    """Groups by keyword, at most 1,000 of them, since a card is to be read; `how` counts what that leaves out
+    (`smaller_left_out`, with `smaller` that went before) and the items that are in no group (`items_without`)."""
+    kept = dict(list(found.items())[:MOST_KEYWORDS])
+    without = items - len({row for rows in kept.values() for row in rows})
+    return ItemGroups(kept, {**how, "smaller_left_out": smaller + len(found) - len(kept), "items_without": without})

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from xpert.experts.item_groups import ItemGroups, by_names
+from xpert.experts.item_groups import ItemGroups, by_names, of_keywords
 from xpert.experts.metrics import normalise
 from xpert.judges import Judge, Question, open_judge
 from xpert.progress import SILENT, Progress
@@ -40,7 +40,7 @@ _BORDER = re.compile(r"(?:^|\s)(?:\d{1,2}[.)]|[-*])\s|[,;•|\n]")
 
 
 def keywords_by_model(prompts: Sequence[str], judge: Judge, least: int) -> ItemGroups:
-    """Groups by keyword, each of `least` items or more.
+    """Groups by keyword, each of `least` items or more; the 1,000 of most items.
 
     Replies are kept on disk by model and question, so that a stopped run goes on and a repeated one costs nothing.
     Cost: five replies of at most 40 tokens an item.
@@ -48,8 +48,6 @@ def keywords_by_model(prompts: Sequence[str], judge: Judge, least: int) -> ItemG
     questions = keyword_questions(prompts)
     replies = judge.ask(questions, "naming keywords")
     own = [_agreed(replies[at : at + SAMPLES]) for at in range(0, len(replies), SAMPLES)]
-    found = by_names(own, least)
-    grouped = {row for rows in found.values() for row in rows}
     how: dict[str, Any] = {
         "by": "language model",
         "model": judge.answerer.identity,
@@ -59,9 +57,8 @@ def keywords_by_model(prompts: Sequence[str], judge: Judge, least: int) -> ItemG
         "prompts": hash_texts(prompts),
         "least_items": least,
         "items_unnamed": sum(not names for names in own),
-        "items_without": len(prompts) - len(grouped),
     }
-    return ItemGroups(found, how)
+    return of_keywords(by_names(own, least), how, items=len(prompts))
 
 
 def keyword_questions(prompts: Sequence[str]) -> list[Question]:

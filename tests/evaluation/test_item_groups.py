@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xpert.cluster_folder import cluster_pool, embed_like, read_clusters
 from xpert.errors import BadInput, NotFound
-from xpert.experts.item_groups import ItemSpace, by_cluster, by_names, cluster_names
+from xpert.experts.item_groups import ItemSpace, by_cluster, by_names, cluster_names, of_keywords
 from xpert.experts.model_keywords import SAMPLES, keyword_questions, keywords_by_model, keywords_in
 from xpert.experts.term_keywords import keywords_by_terms, telling_terms_of_items
 from xpert.features import FeatureOptions
@@ -150,6 +150,12 @@ def test_terms_of_the_same_items_are_told_once() -> None:
 @pytest.mark.parametrize("prompts", [[], ["1 + 1"] * 30, ["the of and"] * 30, ["all the same words"] * 30])
 def test_prompts_without_telling_terms_have_no_keywords(prompts: list[str]) -> None:
     assert keywords_by_terms(prompts, 3).members == {}
+
+
+def test_a_card_holds_the_thousand_largest_keywords() -> None:
+    found = of_keywords({f"k{n}": (n, n + 1) for n in range(1005)}, {"by": "x"}, items=1010, smaller=2)
+    assert len(found.members) == 1000
+    assert found.how == {"by": "x", "smaller_left_out": 7, "items_without": 1010 - 1001}
 
 
 # ── a model's keywords ───────────────────────────────────────────────────────────────────────────────────────────
