@@ -7,7 +7,6 @@ refused wherever they stand. Sizes are bounded before anything is read.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickletools
 import re
@@ -19,6 +18,8 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card_schema import check_card
+from xpert.registry.credentials import find_credentials
 from xpert.registry.names import parse_ref
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
@@ -60,25 +61,32 @@ class Intake:
         return tuple(file for _, file in self.files)
 
 
-def examine(source: Path, *, max_bytes: int) -> Intake:
-    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound."""
+def examine(source: Path, *, max_bytes: int, allow_secret_like: bool = False) -> Intake:
+    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound.
+
+    A text in which something looks like a credential (see `credentials.py`) is unsound unless `allow_secret_like`.
+    """
     if source.is_dir():
-        return _examine_expert(source, max_bytes)
+        return _examine_expert(source, max_bytes, allow_secret_like)
     if source.is_file():
-        return _examine_mixture(source)
+        return _examine_mixture(source, allow_secret_like)
     raise NotFound("no such expert folder or mixture file", where=str(source))
 
 
-def _examine_expert(folder: Path, max_bytes: int) -> Intake:
+def _examine_expert(folder: Path, max_bytes: int, allow_secret_like: bool) -> Intake:
     if not (folder / CARD_FILE).is_file():
         raise NotFound(
             f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
         )
     found, left_out = _gather(folder, max_bytes)
-    card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
+    document = read_document(folder / CARD_FILE)
+    check_card(document, str(folder / CARD_FILE))
+    card = ExpertCard.from_dict(document, where=str(folder / CARD_FILE))
     files = []
     for name, path in found:
-        _check_content(path)
+        text = _check_content(path)
+        if text is not None and not allow_secret_like:
+            _check_secrets(path, text)
         files.append((path, StoredFile(name, path.stat().st_size, hash_file(path))))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
@@ -134,7 +142,8 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
 
 
-def _check_content(path: Path) -> None:
+def _check_content(path: Path) -> str | None:
+    """The text of a file that is one; None for tensors."""
     with open_plain(path) as stream:
         start = stream.read(4096)
         seems = _binary_kind(start)
@@ -144,7 +153,7 @@ def _check_content(path: Path) -> None:
             )
         if path.suffix == ".safetensors":
             read_tensor_header(path)
-            return
+            return None
         if path.suffix not in _TEXTS:
             raise BadInput(
                 "not a file of an expert, which are safetensors and text",
@@ -161,6 +170,17 @@ def _check_content(path: Path) -> None:
     if _is_pickle(data):
         raise BadInput("refused: it is a pickle, whatever its name", where=str(path), hint="remove it from the folder")
     _check_json(path, text)
+    return text
+
+
+def _check_secrets(path: Path, text: str) -> None:
+    # Neither the error nor a log may hold what was found.
+    for found in find_credentials(text):
+        raise BadInput(
+            f"line {found.line:,} holds what looks like {found.kind}",
+            where=str(path),
+            hint="take it out and revoke it, or publish with --allow-secret-like if it is none",
+        )
 
 
 def _check_json(path: Path, text: str) -> None:
@@ -199,14 +219,6 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
     for name in (WEIGHTS_FILE, ADAPTER_FILE):
         if name not in hashes:
             raise NotFound(f"the expert has no {name}", where=str(folder), hint="`xpert train` writes it")
-    if not isinstance(card.base.ref, str) or not isinstance(card.base.fingerprint, str) or not card.base.fingerprint:
-        raise Corrupt("the card does not say which base model the expert belongs to", where=where)
-    if not isinstance(card.description, str) or not all(isinstance(skill, str) for skill in card.skills):
-        raise Corrupt("the card's description and skills are not texts", where=where)
-    for skill, score in card.profile.skills.items() if card.profile else ():
-        value = score.expert.score
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise Corrupt(f"the score of {skill} is not a number", where=where)
     for name, sha256 in card.files.items():
         if Path(name).suffix in _FREE or name == CARD_FILE:
             continue
@@ -221,10 +233,29 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
         raise BadInput("not the configuration of a LoRA adapter", where=str(folder / ADAPTER_FILE))
     if not read_tensor_header(folder / WEIGHTS_FILE):
         raise Corrupt("holds no tensors", where=str(folder / WEIGHTS_FILE))
+    _check_prototypes(folder, card, hashes)
 
 
-def _examine_mixture(path: Path) -> Intake:
+def _check_prototypes(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
+    """Each entry must name a tensor that is there and has a row for every label."""
+    for part in card.prototypes:
+        path = folder / part.file
+        if part.file not in hashes or path.suffix != ".safetensors":
+            raise Corrupt(f"the card's prototypes are to lie in {part.file!r}, which is not there", where=str(folder))
+        entry = read_tensor_header(path).get(part.tensor)
+        if entry is None or entry.dtype != "F32" or entry.shape != (len(part.labels), part.dimensions):
+            raise Corrupt(
+                f"holds no prototypes of {part.embedder!r} as the card describes them",
+                where=str(path),
+                hint="make them again with `xpert prototypes`",
+            )
+
+
+def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
     document = read_document(path)
+    if not allow_secret_like:
+        with open_plain(path) as stream:
+            _check_secrets(path, stream.read(_MOST_DOCUMENT + 1).decode("utf-8", "replace"))
     if not isinstance(document, dict) or document.get("kind") != "mixture":
         raise BadInput(
             "not a mixture", where=str(path), hint="`xpert mix` writes one; an expert is given as its folder"

@@ -9,7 +9,8 @@ from pathlib import Path
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
-from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card import CARD_FILE
+from xpert.registry.card_schema import check_card
 from xpert.registry.index import Index
 from xpert.registry.intake import read_document
 from xpert.registry.versions import Record, RecordFolder
@@ -86,7 +87,7 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
         try:
             if card is None:
                 raise NotFound("has no card")
-            ExpertCard.from_dict(read_document(blobs.path(card)), where=record.version.ref)
+            check_card(read_document(blobs.path(card)), record.version.ref)
         except XpertError as error:
             yield Problem(record.version.ref, error.what)
 

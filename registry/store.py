@@ -97,7 +97,13 @@ class Registry:
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def publish(
-        self, source: str | Path, name: str, *, max_gib: float = MAX_GIB, progress: Progress = SILENT
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        max_gib: float = MAX_GIB,
+        allow_secret_like: bool = False,
+        progress: Progress = SILENT,
     ) -> Version:
         """Files an expert folder or a mixture file under `owner/name` as its next version.
 
@@ -106,7 +112,7 @@ class Registry:
         are not all in this registry. Cost: each file is read twice and written once.
         """
         check_name(name)
-        intake = examine(Path(source), max_bytes=int(max_gib * GIB))
+        intake = examine(Path(source), max_bytes=int(max_gib * GIB), allow_secret_like=allow_secret_like)
         if intake.left_out:
             progress.say(f"left out: {', '.join(intake.left_out)}")
         with disk_errors(self.folder):

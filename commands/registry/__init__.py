@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "Search names, descriptions and skills."),
     "verify": ("verify", "Read every file and check it."),
     "remove": ("remove", "Remove a version, or a name with all its versions."),
+    "schema": ("schema", "Print the form of an expert's card."),
     "gc": ("collect", "Remove files that no version needs."),
 }
 

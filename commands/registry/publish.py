@@ -24,9 +24,16 @@ __all__ = ["command"]
     metavar="GIB",
     help="Refuse an expert larger than this.",
 )
+@click.option(
+    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
+)
 @registry_options
-def command(session: Session, registry: Registry, source: Path, name: str, max_size: float) -> None:
+def command(
+    session: Session, registry: Registry, source: Path, name: str, max_size: float, allow_secret_like: bool
+) -> None:
     """File an expert folder or a mixture as the next version of a name."""
-    version = registry.publish(source, name, max_gib=max_size, progress=session.progress)
+    version = registry.publish(
+        source, name, max_gib=max_size, allow_secret_like=allow_secret_like, progress=session.progress
+    )
     value = {"ref": version.ref, "repeated": version.repeated, **version.to_dict(), "registry": str(registry.folder)}
     session.result(value, f"{'already ' if version.repeated else ''}published {version.ref}")
