@@ -58,15 +58,14 @@ def _letters(secret: str) -> bool:
     return _random(secret) or (mixed and _random(f"{secret}0"))
 
 
-_NO_PASSWORDS = frozenset(
-    ("password", "passwd", "passwort", "pass", "pwd", "pw", "secret", "token", "test", "user", "username", "changeme")
-    + ("example", "foo", "bar", "none", "null")
+_NO_PASSWORD = re.compile(
+    r"(?:pass(?:word|wd|wort)?|pwd?|secret|token|test|user(?:name)?|changeme|example|foo|bar|none|null)?[0-9]{0,3}"
 )
 
 
 def _password(secret: str) -> bool:
     """Neither a name for a password, nor a variable or a mask in its place."""
-    if secret.strip("*x.•-_").casefold() in _NO_PASSWORDS | {""} or len(set(secret)) < 3:
+    if _NO_PASSWORD.fullmatch(secret.strip("*x.•-_").casefold()) or len(set(secret)) < 3:
         return False
     marked = secret[0] in "$<{[%" or secret[-1] in ">}]%" or secret.startswith(("your", "YOUR", "my-", "my_"))
     return not marked
