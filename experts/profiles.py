@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from xpert.experts.evaluate import EvalOptions, Evaluation, Subject, usable_items
-from xpert.experts.expert_folder import model_card
 from xpert.experts.expert_report import REPORT_FILE, write_expert_report
 from xpert.experts.mixture import BASE
 from xpert.experts.serving import open_engine
@@ -14,6 +13,7 @@ from xpert.experts.subjects import score_subjects
 from xpert.progress import SILENT, Progress
 from xpert.records import SuiteItem
 from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
+from xpert.registry.model_card import model_card
 from xpert.storage import hash_file, write_file
 
 __all__ = ["as_profile", "profile_expert", "write_profile"]
