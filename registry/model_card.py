@@ -29,7 +29,7 @@ _HUB_METRICS = {
     "chrf": "chrf",
 }
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
-_DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_ON_HUB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
 def model_card(card: ExpertCard, *, on_hub: bool) -> str:
@@ -60,13 +60,13 @@ def model_card_data(card: ExpertCard, *, on_hub: bool) -> ModelCardData:
 
     extra: dict[str, Any] = dict(hub_licence(card.licences))
     tags = ["lora", "peft", "xpert"]
-    if on_hub:  # a path means nothing to the Hub
+    if on_hub and _ON_HUB.fullmatch(_base_name(card, on_hub)):  # a path means nothing to the Hub
         extra["base_model"] = _base_name(card, on_hub)
         extra["base_model_relation"] = "adapter"
         tags.insert(0, f"base_model:adapter:{extra['base_model']}")
     languages = [code for code in _mapping(card.selection.get("languages")) if _LANGUAGE.fullmatch(code)]
     listed = card.selection.get("datasets")
-    datasets = [name for name in listed or () if isinstance(name, str) and _DATASET.fullmatch(name)]
+    datasets = [name for name in listed or () if isinstance(name, str) and _ON_HUB.fullmatch(name)]
     results = list(_results(card))
     return ModelCardData(
         language=languages or None,

