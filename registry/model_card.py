@@ -157,8 +157,9 @@ def _provenance(card: ExpertCard, base: str) -> Iterator[tuple[str, str]]:
     told = [f"{name} {_number(adapter[name])}" for name in ("rank", "alpha") if _number(adapter.get(name))]
     modules = adapter.get("target_modules")
     if isinstance(modules, list | tuple) and modules:
-        shown = ", ".join(_text(name) for name in modules[:12] if isinstance(name, str))
-        told.append(f"on {shown}" + (f" and {len(modules) - 12} more" if len(modules) > 12 else ""))
+        # Modules may be named in full, layer by layer: what kind they are is told by the last word.
+        kinds = list(dict.fromkeys(_text(name.rpartition(".")[2]) for name in modules if isinstance(name, str)))
+        told.append(f"on {', '.join(kinds[:12])}" + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else ""))
     yield "adapter", ", ".join(told) or "see adapter_config.json"
     if card.created:
         yield "made", _text(card.created)
