@@ -224,6 +224,7 @@ def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> N
     )
 
 
+NAMED_BY = ["--skip-metric", "exec", "--keywords", "model", "--keyword-model"]
 MISTAKES = [
     (["profile", "nowhere", "--suite", "SUITE"], 2, "no such expert folder"),
     (["profile", "EXPERT", "--suite", "SUITE"], 3, "needs a sandbox"),
@@ -232,6 +233,8 @@ MISTAKES = [
     (["profile", "EXPERT", "--suite", "SUITE", "--max-tokens", "0"], 2, "max-tokens"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keywords", "llm"], 2, "unknown keywords 'llm'"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keyword-model", "m"], 2, "Add --keywords model"),
+    (["profile", "EXPERT", "--suite", "SUITE", *NAMED_BY, "x.gguf"], 2, "x.gguf"),
+    (["profile", "EXPERT", "--suite", "SUITE", *NAMED_BY, "http://x"], 2, "names no model"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keyword-min", "0"], 2, "keyword-min is 0"),
     (["profile", "EXPERT", "--suite", "SUITE", "--probe-threshold", "2"], 2, "probe-threshold is 2"),
     (["profile", "EXPERT", "--suite", "SUITE", "--skip-metric", "exec", "--clusters", "no"], 2, "not a clusters"),
