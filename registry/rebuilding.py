@@ -9,8 +9,9 @@ from typing import Any
 
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
-from xpert.registry.documents import MOST_BYTES, DocumentName, parse_document, read_checked
+from xpert.registry.documents import MOST_BYTES, DocumentName, Tag, parse_document, read_checked
 from xpert.registry.record_folder import RecordFolder
+from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import KINDS, Record
 
 __all__ = ["Rebuilt", "lost_documents", "restore_names"]
@@ -126,8 +127,13 @@ def _check(document: DocumentName, value: Mapping[str, Any]) -> None:
         return  # schema 1: the old record under another name
     if _document_of(value) != document:
         raise NotFound(f"holds {_document_of(value)}")
+    where = str(document)
     if document.kind == "record":
-        Record.from_dict(value, where=str(document))
+        Record.from_dict(value, where=where)
+    elif document.kind == "tag":
+        Tag.from_dict(value, where=where)
+    elif document.kind == "signatures":
+        SignatureList.from_dict(value, where=where)
 
 
 def _must_replace(records: RecordFolder, copy: _Copy) -> bool:

@@ -10,10 +10,13 @@ from pathlib import Path
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
-from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card import CARD_FILE
+from xpert.registry.card_schema import check_card
+from xpert.registry.documents import DocumentName
 from xpert.registry.index import Index
 from xpert.registry.intake import MOST_DOCUMENT, parse_json
 from xpert.registry.record_folder import RecordFolder
+from xpert.registry.signatures import fingerprint, verify
 from xpert.registry.versions import Record
 
 __all__ = ["Problem", "problems"]
@@ -79,6 +82,12 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
     """Tags must point at versions, and every document needs a sound copy to be brought back from."""
     in_force: dict[str, str] = {}
     for document in records.documents():
+        if (
+            document.version is not None
+            and document.kind != "removed"
+            and records.removed(document.name, document.version)
+        ):
+            continue  # a remover died between its mark and the record's end; the mark counts
         try:
             in_force[hashlib.sha256(records.read_bytes(document)).hexdigest()] = str(document)
             if document.kind == "tag":
@@ -86,6 +95,8 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
                 if tag.version is not None and (tag.name, tag.version) not in intact:
                     if not records.removed(tag.name, tag.version):
                         yield Problem(str(document), f"points to version {tag.version}, which is not there")
+            elif document.kind == "signatures":
+                yield from _check_signatures(document, records, intact)
         except NotFound:
             continue  # removed since it was listed
         except XpertError as error:
@@ -100,6 +111,16 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
             yield Problem(place, "does not belong here")
         elif sha256 not in in_force and records.copies.problem(sha256) and path.exists():
             yield Problem(place, "damaged: its content does not match its sha256")
+
+
+def _check_signatures(
+    document: DocumentName, records: RecordFolder, intact: Mapping[tuple[str, int], Record]
+) -> Iterator[Problem]:
+    assert document.version is not None
+    record = intact.get((document.name, document.version))
+    for made in records.read_signatures(document.name, document.version).signatures:
+        if record is not None and not verify(made, record):
+            yield Problem(str(document), f"the signature by {fingerprint(made.key)} does not match the version")
 
 
 def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStore) -> Iterator[Problem]:
@@ -119,7 +140,7 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
         try:
             if card is None:
                 raise NotFound("has no card")
-            ExpertCard.from_dict(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where=where)
+            check_card(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where)
         except XpertError as error:
             yield Problem(record.version.ref, error.what)
 

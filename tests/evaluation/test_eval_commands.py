@@ -212,11 +212,21 @@ def test_two_mixtures_keep_their_controls_apart(
     assert set(found["scores"]) == set(found["borda"]) == {"m1", "m2", "base", "colour", "casing", "city"} | own
 
 
-def test_the_table_ranks_by_borda(xpert: Run, suite: Path, tiny_base: Path) -> None:
-    result = xpert("eval", tiny_base, "--suite", suite, "--skip-metric", "exec", "--max-tokens", 2, "--quiet")
+def test_the_table_ranks_by_borda(
+    xpert: Run, expert: Callable[..., Path], suite: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    run = ("--suite", suite, "--skip-metric", "exec", "--max-tokens", 2, "--quiet")
+    both = xpert("eval", tiny_base, expert("colour", 1), *run)
+    assert both.exit_code == 0, both.output
+    assert both.stdout.splitlines()[0].split()[-1] == "Borda"
+    page = tmp_path / "scores.html"
+    result = xpert("eval", tiny_base, *run, "-o", page)
     assert result.exit_code == 0, result.output
     head, line = result.stdout.splitlines()[:2]
-    assert head.split()[-1] == "Borda"
+    assert "Borda" not in head and len(line.split()) == 1 + len(head.split()), (
+        "one subject has nobody to be ranked with"
+    )
+    assert "Borda" not in page.read_text(encoding="utf-8")
     assert line.startswith(tiny_base.name)
     # The suite has items with choices, so that scoring them by likelihood is shown too.
     assert result.stdout.splitlines()[-1].startswith(
