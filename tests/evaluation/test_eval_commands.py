@@ -103,6 +103,8 @@ def test_a_profile_by_cluster_keyword_and_related_items(
     page = (folder / "report.html").read_text(encoding="utf-8")
     for words in ("Consistency on related items", "Scores by cluster", "Scores by keyword", "What the scoring took"):
         assert words in page
+    published = xpert("registry", "publish", folder, "--name", "me/colour", "--quiet")
+    assert published.exit_code == 0, published.output
     # Without groups the sections are not there, and the same answers give the same scores.
     again = xpert(*arguments[:-4], "--clusters", "none", "--probes", "none")
     assert again.exit_code == 0, again.output
