@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,7 +89,7 @@ def by_cluster(setting: str, space: ItemSpace) -> ItemGroups:
     """
     if setting == "none":
         return ItemGroups()
-    if setting == "auto" or setting.lstrip("+-").isdigit():
+    if setting == "auto" or re.fullmatch(r"[+-]?\d+", setting):
         return _own_clusters(setting, space)
     return _pool_clusters(Path(setting), space)
 

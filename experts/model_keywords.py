@@ -20,7 +20,14 @@ from xpert.storage import cache_folder, hash_json, hash_texts
 if TYPE_CHECKING:
     from xpert.language_model import LanguageModel
 
-__all__ = ["EngineAnswerer", "keyword_questions", "keywords_by_model", "keywords_in", "open_keyword_judge"]
+__all__ = [
+    "EngineAnswerer",
+    "check_keyword_model",
+    "keyword_questions",
+    "keywords_by_model",
+    "keywords_in",
+    "open_keyword_judge",
+]
 
 SAMPLES = 5
 TEMPERATURE = 0.7
@@ -121,6 +128,19 @@ class EngineAnswerer:
                 yield int(piece.request_id), "".join(texts.pop(int(piece.request_id)))
 
 
+def check_keyword_model(model: str | None) -> str | None:
+    """The fingerprint of a model that is to be asked; None for an endpoint, and for the base. Called before the long
+    work: raises NotFound or BadInput where there is no such model, Unavailable where a package is missing."""
+    if model is None:
+        return None
+    if _is_endpoint(model):
+        open_judge(model, cache=None)
+        return None
+    from xpert.model_files import model_fingerprint
+
+    return model_fingerprint(model)
+
+
 def open_keyword_judge(
     model: str | None,
     lm: LanguageModel,
@@ -131,11 +151,15 @@ def open_keyword_judge(
     progress: Progress = SILENT,
 ) -> Judge:
     """Who names the keywords: `model` (a folder, hub name, .gguf file, or `http://HOST:PORT/v1#MODEL`), or without it
-    the base model that stands open already."""
-    if model is not None and model.startswith(("http://", "https://")):
+    the base model that stands open already, as it does where `model` has the same weights."""
+    if model is not None and _is_endpoint(model):
         return open_judge(model, progress=progress)
-    if model is not None:
+    if model is not None and check_keyword_model(model) != lm.fingerprint:
         from xpert.experts.serving import open_engine
 
         lm, engine = open_engine(model, device=device, max_batch=max_batch, progress=progress)
     return Judge(EngineAnswerer(lm, engine), cache_folder() / "judgements", progress)
+
+
+def _is_endpoint(model: str) -> bool:
+    return model.startswith(("http://", "https://"))

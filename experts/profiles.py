@@ -18,7 +18,7 @@ from xpert.experts.expert_report import REPORT_FILE, write_expert_report
 from xpert.experts.item_groups import ItemGroups, ItemSpace, by_cluster
 from xpert.experts.known_prompts import seen_in_training
 from xpert.experts.mixture import BASE
-from xpert.experts.model_keywords import keywords_by_model, open_keyword_judge
+from xpert.experts.model_keywords import check_keyword_model, keywords_by_model, open_keyword_judge
 from xpert.experts.profile_options import ProfileOptions
 from xpert.experts.serving import open_engine
 from xpert.experts.subjects import score_subjects
@@ -81,6 +81,7 @@ def profile_expert(
     card = ExpertCard.read(folder)
     items = usable_items(items, options)
     seen = seen_in_training(folder, items)
+    check_keyword_model(grouping.keyword_model)
     where = base or card.base.ref
     space = ItemSpace(items, grouping.embedder, base=where, seed=seed, device=device, progress=progress)
     views = _views(items, grouping, space)

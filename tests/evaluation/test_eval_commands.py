@@ -103,6 +103,8 @@ def test_a_profile_by_cluster_keyword_and_related_items(
     page = (folder / "report.html").read_text(encoding="utf-8")
     for words in ("Consistency on related items", "Scores by cluster", "Scores by keyword", "What the scoring took"):
         assert words in page
+    published = xpert("registry", "publish", folder, "--name", "me/colour", "--quiet")
+    assert published.exit_code == 0, published.output
     # Without groups the sections are not there, and the same answers give the same scores.
     again = xpert(*arguments[:-4], "--clusters", "none", "--probes", "none")
     assert again.exit_code == 0, again.output
@@ -234,6 +236,7 @@ def test_the_table_ranks_by_borda(
     )
 
 
+NAMED_BY = ["--skip-metric", "exec", "--keywords", "model", "--keyword-model"]
 MISTAKES = [
     (["profile", "nowhere", "--suite", "SUITE"], 2, "no such expert folder"),
     (["profile", "EXPERT", "--suite", "SUITE"], 3, "needs a sandbox"),
@@ -242,6 +245,8 @@ MISTAKES = [
     (["profile", "EXPERT", "--suite", "SUITE", "--max-tokens", "0"], 2, "max-tokens"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keywords", "llm"], 2, "unknown keywords 'llm'"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keyword-model", "m"], 2, "Add --keywords model"),
+    (["profile", "EXPERT", "--suite", "SUITE", *NAMED_BY, "x.gguf"], 2, "x.gguf"),
+    (["profile", "EXPERT", "--suite", "SUITE", *NAMED_BY, "http://x"], 2, "names no model"),
     (["profile", "EXPERT", "--suite", "SUITE", "--keyword-min", "0"], 2, "keyword-min is 0"),
     (["profile", "EXPERT", "--suite", "SUITE", "--probe-threshold", "2"], 2, "probe-threshold is 2"),
     (["profile", "EXPERT", "--suite", "SUITE", "--skip-metric", "exec", "--clusters", "no"], 2, "not a clusters"),
