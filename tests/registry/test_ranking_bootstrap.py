@@ -133,3 +133,8 @@ def test_what_cannot_be_drawn() -> None:
     with pytest.raises(BadInput, match="no task is common"):
         again(np.array([[1, np.nan], [np.nan, 1]]), "mean")
     assert (again(np.array([[1, np.nan], [np.nan, 1]]), "borda", draws=3) == 0).all(), "nothing tells of anybody"
+
+
+def test_rounding_of_equal_sums_makes_no_order() -> None:
+    found = sureness(np.array([[0.1 + 0.2, 0.3, 0.0]]))
+    assert found.first.tolist() == [0.5, 0.5, 0.0] and found.place_high.tolist() == [1.5, 1.5, 3.0]
