@@ -34,6 +34,7 @@ from xpert.storage import cache_folder, disk_errors, hash_file, write_file, writ
 
 if TYPE_CHECKING:
     from xpert.experts.adapters import Adapter
+    from xpert.language_model import LanguageModel
     from xpert.model_files import ModelFiles
     from xpert.registry.versions import Version
 
@@ -106,7 +107,7 @@ def write_imported(
     shutil.copyfile(found.weights, folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, settled)
     base = bare_base(files)
-    adapter = read_adapter(folder.name, folder, base)
+    adapter = _checked(folder, base, found)
     warnings = [*_doubts(config, named, files, told, base.model.config), *_idle(adapter)]
     if told.exemplars is not None:
         write_file(folder / EXEMPLARS_FILE, _exemplars(told.exemplars))
@@ -132,6 +133,16 @@ def write_imported(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.weights.stat().st_mtime)),
     )
     return settle_card(folder, card, on_hub=files.on_hub), tuple(warnings)
+
+
+def _checked(folder: Path, base: LanguageModel, found: AdapterSource) -> Adapter:
+    """The adapter, if it is of a form that is served and fits the base; errors name its source, not the draft."""
+    try:
+        return read_adapter(folder.name, folder, base)
+    except BadInput as error:
+        where = found.source if found.sha else str(found.config.parent)
+        hint = "give the base model it was made for with --base" if "base model" in error.what else error.hint
+        raise type(error)(error.what, where=where, hint=hint) from None
 
 
 def _check_task(config: Mapping[str, Any], where: str) -> None:

@@ -261,6 +261,11 @@ def _nan(tensors: dict[str, Any]) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
 
 
+def _narrow(tensors: dict[str, Any]) -> None:
+    name = next(name for name in tensors if "up_proj.lora_A" in name)
+    tensors[name] = tensors[name][:, 1:].clone()
+
+
 def _cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
 
@@ -290,7 +295,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "embedding": (lambda f: retensor(f, _embedding), "a weight that is not plain LoRA"),
     "other modules": (lambda f: retensor(f, _rename("q_proj", "c_attn")), "which the base model"),
     "other layers": (lambda f: retensor(f, _rename("layers.1.", "layers.7.")), "does not have as a linear layer"),
-    "other shapes": (lambda f: retensor(f, _rename("up_proj", "o_proj")), "of the adapter has A"),
+    "other shapes": (lambda f: retensor(f, _narrow), "up_proj of the adapter has A"),
     "a link": (_link, "a symbolic link that leaves the folder"),
     "deeper": (_deeper, "its adapters lie deeper: first"),
     "nothing": (lambda f: (f / CONFIG).unlink(), f"not a peft adapter: it has no {CONFIG}"),
@@ -305,6 +310,7 @@ def test_what_is_refused(case: str, adapter: Path, xpert: Callable[..., Result],
     place = tmp_path / "registry"
     made = xpert("registry", "import", adapter, "--name", "me/a", "--registry", place)
     assert said in made.stderr
+    assert "imports" not in made.stderr  # the user's folder is named, not the draft's
     assert made.exit_code == (3 if case == "no base name" else 2)
     assert "Traceback" not in made.stderr
     assert not place.exists()

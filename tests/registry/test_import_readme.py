@@ -51,9 +51,7 @@ def test_what_is_no_small_text_is_not_read(data: bytes, tmp_path: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(head=st.text(max_size=80), body=st.text(max_size=700))
-def test_any_card_is_read_into_short_lines(
-    tmp_path_factory: pytest.TempPathFactory, head: str, body: str
-) -> None:
+def test_any_card_is_read_into_short_lines(tmp_path_factory: pytest.TempPathFactory, head: str, body: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any-card.md"
     path.write_bytes(f"---\n{head}\n---\n{body}".encode(errors="replace"))
     found = read_readme(path)
