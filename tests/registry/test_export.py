@@ -290,39 +290,63 @@ def test_every_known_architecture_has_a_name_for_every_layer(architecture: str) 
     assert len(set(found)) == len(layers) >= 8
 
 
+def cut_short(source: str, target: Path, *, blocks: int, tokens: int) -> Path:
+    """A real model's GGUF file with its first blocks and tokens alone, still in its own layout and quantisation."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, arch)
+    replaced = {f"{arch}.block_count": blocks, f"{arch}.vocab_size": tokens}
+    for name, field in reader.fields.items():
+        if name.startswith(("GGUF.", "tokenizer.")) or name == "general.architecture":
+            continue
+        writer.add_key_value(name, replaced.get(name, field.contents()), field.types[0])
+    for tensor in reader.tensors:
+        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "0"
+        if int(block) < blocks:
+            data = tensor.data[:tokens] if tensor.name == "token_embd.weight" else tensor.data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 @pytest.mark.real
 def test_the_file_of_a_real_model(tmp_path: Path) -> None:
     """The base's own GGUF file, rows put in order, plus the adapter's change is the merged model, module by module."""
     import gguf
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     from xpert.errors import Unavailable
     from xpert.experts.demo.chain import base_model
-    from xpert.language_model import load_model
 
     try:
-        base = base_model()
+        base = cut_short(base_model(), tmp_path / "base.gguf", blocks=2, tokens=256)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    lm = load_model(base, device="cpu")
-    config, tensors = lm.model.config, {}
+    asked: dict[str, Any] = {"gguf_file": base.name, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **asked)
+    config, tensors = model.config, {}
     torch.manual_seed(0)
     for layer in range(config.num_hidden_layers):
         for part in LLAMA_NAMES.values():
             module = f"model.layers.{layer}.{part}"
-            outputs, inputs = lm.model.get_submodule(module).weight.shape
+            outputs, inputs = model.get_submodule(module).weight.shape
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, inputs)
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outputs, 4) / 10
-    (tmp_path / "adapter").mkdir()
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2})
-    )
-    export(tmp_path / "adapter", "gguf", tmp_path / "a.gguf", base=base)
-    merged_folder.add_updates(lm.model, read_updates(tmp_path / "adapter"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
+    export(adapter, "gguf", tmp_path / "a.gguf", base=str(base))
+    merged_folder.add_updates(model, read_updates(adapter))
     lora = read_lora(tmp_path / "a.gguf", config.num_attention_heads, config.num_key_value_heads)
-    assert len(lora) == 7 * config.num_hidden_layers
+    assert len(lora) == 7 * 2
     kinds = {module: kind for kind, module in LLAMA_NAMES.items()}
     file = {tensor.name: tensor for tensor in gguf.GGUFReader(base).tensors}
     for module, change in lora.items():
@@ -331,7 +355,7 @@ def test_the_file_of_a_real_model(tmp_path: Path) -> None:
         weight = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float64)
         if part in ("self_attn.q_proj", "self_attn.k_proj"):
             weight = in_plain_order(weight, config.num_attention_heads if "q_" in part else config.num_key_value_heads)
-        merged = lm.model.get_submodule(module).weight.detach().double().numpy()
+        merged = model.get_submodule(module).weight.detach().double().numpy()
         assert np.allclose(weight + change, merged, rtol=0, atol=1e-5), module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,7 @@ class Hub:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., Path], tmp_path: Path) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., Path], tmp_path: Path) -> Hub:
     folder = tmp_path / "repository"
     shutil.copytree(make_adapter(seed=8), folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nSays dates.\n")
