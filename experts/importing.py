@@ -128,7 +128,7 @@ def write_imported(
         name=folder.name,
         description=told.description or readme.description or f"LoRA adapter imported from {found.source}.",
         skills=told.skills if told.skills is not None else readme.skills,
-        training={"imported": origin},
+        training={"method": f"import of {found.source}", "imported": origin},
         # Of the weights, not of this import: the same adapter imported again is then the same version.
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.weights.stat().st_mtime)),
     )

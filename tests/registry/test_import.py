@@ -100,7 +100,10 @@ def test_an_adapter_becomes_an_expert(adapter: Path, tiny_base: Path, registry: 
     assert origin["sha"] is None
     assert origin["licence"] == "cc-by-4.0"
     assert origin["weights"] == hash_file(adapter / WEIGHTS)
-    assert "Finds the date" in (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text()
+    assert "license: cc-by-4.0" in page
+    assert "import of adapter" in page
+    assert "chat template" not in page  # nobody has said so
     # It can be served: by the base it was checked against, and alone as a mixture of one.
     assert len(read_adapter("x", folder, load_model(str(tiny_base), device="cpu")).modules) == 14
     assert load_mixture("me/dates", registry).base.fingerprint == card.base.fingerprint
