@@ -75,10 +75,10 @@ def _base(source: Source, given: str | None, config: Mapping[str, Any]) -> tuple
     own = config.get("base_model_name_or_path")
     if on_hub(own):
         return str(own), config.get("revision")
-    named, revision = source.named_base
-    if named and Path(named).is_dir():
-        return str(Path(named).resolve()), None
-    return (named, revision) if on_hub(named) else (None, None)
+    told, revision = source.named_base
+    if told and Path(told).is_dir():
+        return str(Path(told).resolve()), None
+    return (told, revision) if on_hub(told) else (None, None)
 
 
 def _write_as(dtype: str, source: Path, target: Path) -> None:

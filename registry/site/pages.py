@@ -178,13 +178,8 @@ class Site:
             "tojson_plain": lambda text: json.dumps(text, ensure_ascii=False),
         }
         environment.globals |= {
-            "verdict": wording.verdict,
-            "gain": wording.gain,
-            "page_path": page_path,
-            "embed": embed,
-            "chain": chain,
-            "card_facts": card_facts,
-            "training_facts": training_facts,
+            **{"verdict": wording.verdict, "gain": wording.gain, "page_path": page_path, "embed": embed},
+            **{"chain": chain, "card_facts": card_facts, "training_facts": training_facts},
             "rows_of_profile": rows_of_profile,
         }
         return environment

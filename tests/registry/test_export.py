@@ -355,7 +355,7 @@ def test_the_file_of_a_real_model(tmp_path: Path) -> None:
         weight = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float64)
         if part in ("self_attn.q_proj", "self_attn.k_proj"):
             weight = in_plain_order(weight, config.num_attention_heads if "q_" in part else config.num_key_value_heads)
-        merged = model.get_submodule(module).weight.detach().double().numpy()
+        merged = model.get_parameter(f"{module}.weight").detach().double().numpy()
         assert np.allclose(weight + change, merged, rtol=0, atol=1e-5), module
 
 
