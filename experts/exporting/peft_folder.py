@@ -75,10 +75,10 @@ def _base(source: Source, given: str | None, config: Mapping[str, Any]) -> tuple
     own = config.get("base_model_name_or_path")
     if on_hub(own):
         return str(own), config.get("revision")
-    told, revision = source.named_base
+    told, told_revision = source.named_base
     if told and Path(told).is_dir():
         return str(Path(told).resolve()), None
-    return (told, revision) if on_hub(told) else (None, None)
+    return (told, told_revision) if on_hub(told) else (None, None)
 
 
 def _write_as(dtype: str, source: Path, target: Path) -> None:

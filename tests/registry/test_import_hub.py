@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 from click.testing import Result
 from huggingface_hub import errors as hub_errors
 
+from tests.registry.hub_server import Fault, HubServer
 from tests.registry.test_import import CONFIG, WEIGHTS, hub_cache
 from xpert.errors import BadInput, NotFound, Unavailable, XpertError
 from xpert.experts.adapter_sources import find_adapter
@@ -50,7 +52,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., Path], tmp_
     (folder / "README.md").write_text("---\nlicense: mit\n---\nSays dates.\n")
     (folder / "optimizer.pt").write_bytes(b"x")
     made = Hub(folder)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: made)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda endpoint: made)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", made.snapshot_download)
     return made
 
@@ -59,8 +62,9 @@ def test_an_adapter_of_the_hub(hub: Hub, registry: Registry) -> None:
     made = import_adapter("hf:them/dates@v2", "me/dates", registry)
     assert hub.asked[0] == ("model_info", "them/dates", "v2")
     # Three files by name, of the very commit that was looked at: nothing else can come.
-    wanted = {"revision": SHA, "allow_patterns": [CONFIG, WEIGHTS, "README.md"], "local_files_only": False}
-    assert hub.asked[1] == ("snapshot_download", "them/dates", wanted)
+    assert hub.asked[1][:2] == ("snapshot_download", "them/dates")
+    assert hub.asked[1][2]["revision"] == SHA
+    assert hub.asked[1][2]["allow_patterns"] == [CONFIG, WEIGHTS, "README.md"]
     origin = made.card.training["imported"]
     assert (origin["source"], origin["revision"], origin["sha"]) == ("hf:them/dates", "v2", SHA)
     assert origin["licence"] == "mit"
@@ -136,3 +140,46 @@ def test_a_snapshot_of_the_cache_is_a_folder_like_others(
     """Its files are links to blobs beside it, which is no way out."""
     snapshot = hub_cache(monkeypatch, tmp_path / "hub", "them/dates", make_adapter(seed=8))
     assert import_adapter(snapshot, "me/dates", registry).version.version == 1
+
+
+@pytest.fixture
+def served(online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """The stand-in of the Hub's HTTP interface, which the real client speaks to."""
+    with HubServer() as server:
+        server.add_account("them", token="hf_them")
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_TOKEN", "hf_them")
+        yield server
+
+
+def test_the_real_client_brings_three_files_of_one_commit(
+    served: HubServer, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_adapter(seed=8), tmp_path / "upload"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nSays dates.\n")
+    (folder / "optimizer.pt").write_bytes(b"x" * 999)
+    api = huggingface_hub.HfApi(endpoint=served.url, token="hf_them")
+    api.create_repo("them/dates")
+    commit = api.upload_folder(repo_id="them/dates", folder_path=folder).oid
+    api.upload_file(repo_id="them/dates", path_in_repo="README.md", path_or_fileobj=b"Says nothing.\n")
+    served.requests.clear()
+    made = import_adapter(f"hf:them/dates@{commit}", "me/dates", registry)
+    assert made.card.training["imported"]["sha"] == commit
+    assert made.card.description == "Says dates."
+    assert "optimizer.pt" in made.left_out
+    assert (registry.pull("me/dates") / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert not [line for line in served.requests if "optimizer" in line]
+    newest = import_adapter("hf:them/dates", "me/dates", registry)
+    assert newest.card.description == "Says nothing."
+    assert newest.version.version == 2
+    with pytest.raises(NotFound, match="no such model or revision"):
+        import_adapter("hf:them/absent", "me/dates", registry)
+    with pytest.raises(NotFound, match="no such model or revision"):
+        import_adapter("hf:them/dates@v9", "me/dates", registry)
+
+
+def test_a_hub_that_fails_is_said(served: HubServer, registry: Registry) -> None:
+    served.faults.append(Fault("GET", status=503))
+    with pytest.raises(Unavailable, match="is not reachable, and its cache has no copy"):
+        import_adapter("hf:them/dates", "me/dates", registry)
