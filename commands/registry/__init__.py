@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("show", "Show a version's card, skill profile and files."),
     "search": ("search", "Search names, descriptions and skills."),
     "skills": ("skills", "Show the tree of skills, or one skill and the experts that have it."),
-    "site": ("site", "Write the registry as a folder of web pages."),
+    "site": ("web_pages", "Write the registry as a folder of web pages."),
     "rank": ("rank", "Rank experts by their skill profiles, or by who beat whom."),
     "verify": ("verify", "Read every file and check it."),
     "tag": ("tag", "Move a tag, such as `stable`, to a version."),
