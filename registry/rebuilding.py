@@ -13,7 +13,7 @@ from xpert.registry.documents import MOST_BYTES, DocumentName, parse_document, r
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.versions import KINDS, Record
 
-__all__ = ["Rebuilt", "lost_documents", "restore_names"]
+__all__ = ["Rebuilt", "document_of", "lost_documents", "restore_names"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _read_copies(records: RecordFolder, problems: list[str]) -> Iterator[_Copy]:
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise NotFound("damaged: its content does not match its sha256")
             value = read_checked(data, where=where)
-            document = _document_of(value)
+            document = document_of(value)
             _check(document, value)
         except XpertError as error:
             problems.append(f"{where or path}: {error.what}")
@@ -112,7 +112,7 @@ def _read_copies(records: RecordFolder, problems: list[str]) -> Iterator[_Copy]:
         yield _Copy(document, data, value)
 
 
-def _document_of(value: Mapping[str, Any]) -> DocumentName:
+def document_of(value: Mapping[str, Any]) -> DocumentName:
     kind = value.get("kind")
     if kind == "tag":
         return parse_document(f"{value.get('name')}@{value.get('tag')}.tag.json")
@@ -124,8 +124,8 @@ def _check(document: DocumentName, value: Mapping[str, Any]) -> None:
     """Raises where a content is not what its name says."""
     if document.kind == "removed" and value.get("kind") != "removed":
         return  # schema 1: the old record under another name
-    if _document_of(value) != document:
-        raise NotFound(f"holds {_document_of(value)}")
+    if document_of(value) != document:
+        raise NotFound(f"holds {document_of(value)}")
     if document.kind == "record":
         Record.from_dict(value, where=str(document))
 

@@ -16,7 +16,7 @@ from xpert.registry.intake import MOST_DOCUMENT, parse_json
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.versions import Record
 
-__all__ = ["Problem", "problems"]
+__all__ = ["Problem", "check_index", "problems"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def problems(folder: Path, blobs: BlobStore, records: RecordFolder, index: Index
     ]
     found += [Problem(str(path.relative_to(folder)), "does not belong here") for path in records.strangers()]
     found += _check_documents(records, intact)
-    return found + list(_check_index(index, records, intact))
+    return found + list(check_index(index, records, intact))
 
 
 def _check_records(records: RecordFolder) -> tuple[list[Problem], dict[tuple[str, int], Record]]:
@@ -124,7 +124,8 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
             yield Problem(record.version.ref, error.what)
 
 
-def _check_index(index: Index, records: RecordFolder, intact: dict[tuple[str, int], Record]) -> Iterator[Problem]:
+def check_index(index: Index, records: RecordFolder, intact: Mapping[tuple[str, int], Record]) -> Iterator[Problem]:
+    """Index rows that say something else than the records, and mixtures whose experts are not there."""
     for line in index.unsound():
         yield Problem("index.sqlite", line)
     indexed = {(version.name, version.version): version for version in index.all()}

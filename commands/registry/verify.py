@@ -19,8 +19,8 @@ __all__ = ["command"]
 def command(session: Session, registry: Registry) -> None:
     """Read every file and check it; exit status 0 where all is sound."""
     found = registry.verify(session.progress)
-    value = {"registry": str(registry.folder), "sound": not found, "problems": [dataclasses.asdict(p) for p in found]}
+    value = {"registry": registry.location, "sound": not found, "problems": [dataclasses.asdict(p) for p in found]}
     session.result(value, "\n".join(str(problem) for problem in found) if found else "all is sound")
     if found:
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        raise Corrupt(count, where=str(registry.folder), hint="publish damaged experts again from their folders")
+        raise Corrupt(count, where=registry.location, hint="publish damaged experts again from their folders")

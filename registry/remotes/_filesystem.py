@@ -138,7 +138,7 @@ class Filesystem:
                 self.put(name, data)
         except FileExistsError:
             if not self._holds(name, data):
-                raise
+                raise FileExistsError(name) from None
 
     def replace(self, name: str, data: bytes, mark: str) -> None:
         """Replaces an object; raises FileExistsError where it is no longer the one that had this mark."""

@@ -81,7 +81,8 @@ class ObjectStore:
         else:
             self.files.replace(f"records/{document}", data, mark)
         if document.endswith(".removed.json"):
-            self.files.remove(f"records/{document.removesuffix('.removed.json')}.json")
+            for ending in (".json", ".signatures.json"):
+                self.files.remove(f"records/{document.removesuffix('.removed.json')}{ending}")
 
     # ── versions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
