@@ -48,7 +48,6 @@ def copy_versions(
         new = target.adopt(record, folder, progress=progress)
         _copy_signatures(source, target, record.document)
         moved = _move_tags(source, target, record.document) if tags else ()
-        progress.say(f"{'copied' if new else 'there already:'} {ref}")
         done[ref] = Copied(ref, new, moved)
     return list(done.values())
 
@@ -69,7 +68,7 @@ def _with_experts(source: Registry, refs: Sequence[str], every: bool) -> Iterabl
 def _copy_signatures(source: Registry, target: Registry, record: DocumentName) -> None:
     document = DocumentName(record.name, "signatures", record.version)
     if source.records.path(document).is_file():
-        target.write_signatures(document, source.records.read_bytes(document))
+        target.take_over(document, source.records.read_bytes(document))
 
 
 def _move_tags(source: Registry, target: Registry, record: DocumentName) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -168,6 +168,9 @@ class RemoteRegistry(Registry):
     def untag(self, name: str, tag: str) -> None:
         self._persistently(lambda: super(RemoteRegistry, self).untag(name, tag))
 
+    def take_over(self, document: DocumentName, data: bytes) -> None:
+        self._persistently(lambda: super(RemoteRegistry, self).take_over(document, data))
+
     def remove(self, ref: str, *, force: bool = False) -> builtins.list[Version]:
         return self._persistently(lambda: super(RemoteRegistry, self).remove(ref, force=force))
 
@@ -251,14 +254,13 @@ class RemoteRegistry(Registry):
             with disk_errors(self.folder):
                 self.remote.fetch(record, missing, self.blobs, progress)
 
-    def show(self, ref: str) -> Details:
-        record = self.record(ref)
-        name = CARD_FILE if record.version.kind == "expert" else MIXTURE_FILE
+    def _details(self, version: Version, numbers: tuple[int, ...], tags: Mapping[str, int]) -> Details:
+        record = self._read(version)
+        name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
         files = [file for file in record.files if file.path == name]
-        return self._mended(record, files, SILENT, lambda: super(RemoteRegistry, self).show(record.version.ref))
+        return self._mended(record, files, SILENT, lambda: super(RemoteRegistry, self)._details(version, numbers, tags))
 
-    def pull(self, ref: str | Ref, out: Path | None = None, *, progress: Progress = SILENT) -> Path:
-        record = self.record(ref)
+    def _take_out(self, record: Record, out: Path | None, progress: Progress) -> Path:
         if out is not None:
             return self._mended(record, record.files, progress, lambda: check_out(self.blobs, record, Path(out)))
         target = cache_folder() / "experts" / record.version.digest
@@ -317,14 +319,11 @@ class RemoteRegistry(Registry):
     @contextmanager
     def _open(self) -> Iterator[Index]:
         self._sync()
-        with self._opened() as index:
-            yield index
-
-    @contextmanager
-    def _opened(self) -> Iterator[Index]:
-        """The index of the mirror as it is."""
         with super()._open() as index:
             yield index
+
+    def _opened(self) -> AbstractContextManager[Index]:
+        return super()._open()
 
     def _sync(self) -> None:
         """Brings in the documents that changed, and drops those that are gone."""

@@ -21,7 +21,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from xpert.progress import SILENT, Progress
 from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
-from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
+from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes, read_checked
 from xpert.registry.index import Index
 from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
-from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
+from xpert.registry.rebuilding import Rebuilt, document_of, lost_documents, restore_names
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.searching import Hit, Query, find, open_fixed_embedder, text_of
 from xpert.registry.soundness import Problem, problems
@@ -141,7 +141,7 @@ class Registry:
 
     def _enter(self, intake: Intake, name: str, tags: Sequence[str], *, stay: bool, progress: Progress) -> Version:
         """Makes what was examined, and whose contents are stored, a version with its tags."""
-        with self._open() as index, index.writing():
+        with self._opened() as index, index.writing():
             version = self._file(index, intake, name, stay=stay)
             for tag in tags:
                 self._move(index, version, tag)
@@ -202,14 +202,14 @@ class Registry:
         taken by another content or by a removed version, Corrupt where the folder is not what the record says.
         """
         version = record.version
-        intake = examine(folder if version.kind == "expert" else folder / MIXTURE_FILE, max_bytes=version.size)
+        intake = examine(folder if version.kind == "expert" else folder / MIXTURE_FILE, max_bytes=2 * version.size)
         if content_digest(intake.stored) != version.digest:
             raise Corrupt("holds other files than the record says", where=version.ref)
         with disk_errors(self.folder):
             self._make()
             for file in record.files:
                 self.blobs.put(folder / file.path, file)
-            with self._open() as index, index.writing():
+            with self._opened() as index, index.writing():
                 if self._has(index, record):
                     return False
                 if version.kind == "mixture":
@@ -239,6 +239,21 @@ class Registry:
                 hint="pull it, and publish it there as the next version",
             )
         return True
+
+    def take_over(self, document: DocumentName, data: bytes) -> None:
+        """Takes a version's list of signatures over from another registry; of two lists the later revision stays.
+
+        Raises Corrupt where it is damaged or another document.
+        """
+        value = read_checked(data, where=str(document))
+        if document.kind != "signatures" or document_of(value) != document:
+            raise Corrupt("not the signatures of this version", where=str(document))
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            if self.records.path(document).is_file():
+                known = read_checked(self.records.read_bytes(document), where=str(document))
+                if known["revision"] >= value["revision"]:
+                    return
+            self._write(document, data)
 
     def fetch(self, record: Record, files: Sequence[StoredFile] | None = None, progress: Progress = SILENT) -> None:
         """Sees to it that files of a version (None: all) are among the blobs. In a folder they always are."""
@@ -402,6 +417,12 @@ class Registry:
                 for latest, numbers in index.entries()
             ]
 
+    def numbers(self, name: str) -> Sequence[int]:
+        """The numbers of all versions of a name; raises NotFound for one that is not published."""
+        with self._open() as index:
+            self._resolve(index, Ref(check_name(name)))
+            return [version.version for version in index.versions(name)]
+
     def tags(self, name: str) -> Mapping[str, int]:
         """Tag -> version number; `latest` is always among them. Raises NotFound for a name that is not published."""
         with self._open() as index:
@@ -448,8 +469,11 @@ class Registry:
         Without `out` the folder lies in the cache under the content's digest; a sound one there is used again.
         Raises Corrupt where a file is missing or damaged, BadInput where `out` exists.
         """
-        version = self.resolve(ref)
-        record = self._read(version)
+        record = self.record(ref)
+        return self._take_out(record, out, progress)
+
+    def _take_out(self, record: Record, out: Path | None, progress: Progress) -> Path:
+        """What is left of `pull` once the version is let through."""
         if out is None:
             return check_out_to_cache(self.blobs, record, progress)
         return check_out(self.blobs, record, Path(out))
@@ -504,6 +528,10 @@ class Registry:
 
     def _only_drafts(self) -> bool:
         return self.folder.is_dir() and all(path.name.startswith(f".{MARK}.draft-") for path in self.folder.iterdir())
+
+    def _opened(self) -> AbstractContextManager[Index]:
+        """The index after `_make`, which has brought everything up to date."""
+        return self._open()
 
     @contextmanager
     def _open(self) -> Iterator[Index]:

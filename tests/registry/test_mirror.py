@@ -20,7 +20,7 @@ from xpert.registry import mirror
 from xpert.registry.mirror import RemoteRegistry
 from xpert.registry.opening import open_registry
 from xpert.registry.remotes import _filesystem, object_store
-from xpert.registry.store import Registry
+from xpert.registry.store import Registry, Version
 from xpert.storage import cache_folder, hash_file
 
 Maker = Callable[..., Path]
@@ -120,7 +120,8 @@ def test_numbers_race(place: Place, machine: Callable[..., RemoteRegistry], expe
     """Somebody publishes between another's looking and writing: the second takes the next number."""
     a, b = machine(place, "a"), machine(place, "b")
     a.publish(expert("first", seed=9), "acme/sums")
-    push, raced = b.remote.push, []
+    push = b.remote.push
+    raced: list[Version] = []
 
     def late(record, *given, **named):  # type: ignore[no-untyped-def]
         if not raced:
@@ -154,9 +155,11 @@ def test_publishers_on_many_machines(
             seed += 1
         command = [sys.executable, "-c", PUBLISHER, here.location, str(tmp_path / "experts" / str(number))]
         environment = {**_environment(), "XPERT_CACHE": str(tmp_path / f"cache{number % 2}")}  # two share a mirror
-        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-    told = [ref for run in runs for ref in run.communicate(timeout=120)[0].split()]
-    assert all(run.returncode == 0 for run in runs)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))
+    outcomes = [run.communicate(timeout=120) for run in runs]
+    told = [ref for out, _ in outcomes for ref in out.split()]
+    assert all(run.returncode == 0 for run in runs), outcomes
     assert sorted(told) == sorted(f"acme/sums@{number}" for number in range(1, 10))
     assert here.list()[0].versions == tuple(range(1, 10)) and list(here.verify()) == []
 
@@ -344,7 +347,8 @@ def test_publishing_goes_on_after_a_break(
 ) -> None:
     a = machine(place)
     folder = expert()
-    push, broken = a.remote.push, []
+    push = a.remote.push
+    broken: list[object] = []
 
     def breaks(record, data, blobs, progress):  # type: ignore[no-untyped-def]
         if not broken:
@@ -352,7 +356,7 @@ def test_publishing_goes_on_after_a_break(
             raise Unavailable("the line is dead")
         return push(record, data, blobs, progress)
 
-    a.remote.push = breaks  # type: ignore[method-assign]
+    a.remote.push = breaks  # type: ignore[assignment,method-assign]
     with pytest.raises(Unavailable):
         a.publish(folder, "acme/a")
     assert a.publish(folder, "acme/a").ref == "acme/a@1" and list(a.verify()) == []
