@@ -263,7 +263,8 @@ class ObjectStore:
         except NotFound as error:
             if error.where != self.location or "registry" not in error.what:
                 raise
-        if self.files.find(""):
+        found = self.files.find("")
+        if found and MARK not in found:  # else somebody else has made it since
             raise BadInput("not a registry: it holds other things", where=self.location, hint="choose another folder")
         try:
             self.files.create(MARK, json.dumps({"kind": "registry", "schema": SCHEMA}).encode())
