@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["BASE", "GateChoice", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
 
 SCHEMA = 2
+_MOST_BYTES = 16 << 20  # of a mixture's file
 MIXTURE_FILE = "mixture.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE = "base"
@@ -269,7 +270,7 @@ def write_mixture(path: Path, mixture: Mixture) -> None:
 
 def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) -> Mixture:
     where = str(path)
-    value = read_json(path)
+    value = read_json(path, most=_MOST_BYTES)
     if not isinstance(value, dict) or value.get("kind") != "mixture":
         raise BadInput("not a mixture", where=where, hint="`xpert mix` writes one; an expert is given as its folder")
     if not isinstance(value.get("schema"), int):
@@ -278,6 +279,8 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         raise BadInput(f"written by a newer xpert (schema {value['schema']})", where=where, hint="upgrade xpert")
     if not value.get("experts"):
         raise Corrupt("the mixture lists no experts", where=where, hint="mix again with `xpert mix`")
+    if name is not None:
+        _check_inside(value, where)
     anchor = path.resolve().parent
     try:
         base = BaseModel(**value["base"])
@@ -300,6 +303,19 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     located = store.location if store else recorded
     called = name or str(value.get("name") or path.stem)
     return Mixture(called, base, tuple(experts), router, params, located, recruited, created, gate)
+
+
+def _check_inside(value: Mapping[str, Any], where: str) -> None:
+    """A registered mixture refers to registered experts and its own files, and to nothing else on this machine."""
+    gate, experts = value.get("gate"), value["experts"]
+    entries = experts if isinstance(experts, list) else [None]
+    refs = [entry.get("ref") if isinstance(entry, dict) else None for entry in entries]
+    file = gate.get("file") if isinstance(gate, dict) else None
+    if file is not None and (not isinstance(file, str) or Path(file).name != file.removeprefix("./")):
+        raise Corrupt(f"its gate is a file outside of its folder: {file!r}", where=where)
+    for ref in refs:
+        if not isinstance(ref, str) or _is_path(ref):
+            raise Corrupt(f"refers to {ref!r}, which is no registered expert", where=where)
 
 
 def _gate(value: Any, anchor: Path, where: str) -> GateChoice | None:

@@ -46,7 +46,9 @@ def copy_versions(
         record = source.record(ref)
         folder = source.pull(ref, progress=progress)
         new = target.adopt(record, folder, progress=progress)
-        _copy_signatures(source, target, record.document)
+        signatures = source.records.read_signatures(record.version.name, record.version.version)
+        if signatures.signatures:
+            target.take_over(signatures)
         moved = _move_tags(source, target, record.document) if tags else ()
         done[ref] = Copied(ref, new, moved)
     return list(done.values())
@@ -63,12 +65,6 @@ def _with_experts(source: Registry, refs: Sequence[str], every: bool) -> Iterabl
             version = source.resolve(f"{wanted.name}@{number}")
             found |= dict.fromkeys((*version.uses, version.ref))
     return found
-
-
-def _copy_signatures(source: Registry, target: Registry, record: DocumentName) -> None:
-    document = DocumentName(record.name, "signatures", record.version)
-    if source.records.path(document).is_file():
-        target.take_over(document, source.records.read_bytes(document))
 
 
 def _move_tags(source: Registry, target: Registry, record: DocumentName) -> tuple[str, ...]:

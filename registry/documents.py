@@ -17,6 +17,7 @@ from typing import Any
 
 from xpert.errors import BadInput, Corrupt
 from xpert.registry.names import NAME_PATTERN, TAG_PATTERN, check_name
+from xpert.registry.strict_json import parse_json
 from xpert.storage import hash_json
 
 __all__ = ["MOST_BYTES", "SCHEMA", "DocumentName", "Tag", "document_bytes", "parse_document", "read_checked", "removal"]
@@ -117,20 +118,12 @@ def read_checked(data: bytes, *, where: str) -> dict[str, Any]:
     """A document's content, its checksum verified; raises Corrupt for damage, BadInput for a newer schema."""
     if len(data) > MOST_BYTES:
         raise Corrupt(f"{len(data):,} bytes; no document has more than {MOST_BYTES:,}", where=where)
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise Corrupt("damaged: nested too deeply", where=where) from None
-    except ValueError as error:
-        raise Corrupt(f"not valid JSON: {error}", where=where) from None
+    value = parse_json(data, where=where)
     if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
         raise Corrupt("not a document of a registry", where=where)
+    # Every schema, also one to come, has its checksum over the rest: damage to the number is told from a newer number.
+    if value.get("checksum") != hash_json({key: item for key, item in value.items() if key != "checksum"}):
+        raise Corrupt("damaged: the document does not match its checksum", where=where)
     if value["schema"] > SCHEMA:
         raise BadInput(f"written by a newer xpert (schema {value['schema']})", where=where, hint="upgrade xpert")
-    try:
-        sound = value.get("checksum") == hash_json({key: item for key, item in value.items() if key != "checksum"})
-    except ValueError:  # NaN and infinities, which no document holds
-        sound = False
-    if not sound:
-        raise Corrupt("damaged: the document does not match its checksum", where=where)
     return value

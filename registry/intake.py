@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +18,12 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card_schema import check_card
+from xpert.registry.content import MOST_TEXT, check_content, open_inside
+from xpert.registry.credentials import find_credentials
 from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
+from xpert.registry.strict_json import parse_json
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
 
@@ -45,8 +47,6 @@ GIB = 1 << 30
 
 _MOST_FILES = 1_000
 MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
-_MOST_TEXT = 256 << 20  # bytes of any other text
-_TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
 _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
@@ -76,26 +76,34 @@ class Intake:
         return tuple(file for _, file in self.files)
 
 
-def examine(source: Path, *, max_bytes: int) -> Intake:
-    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound."""
+def examine(source: Path, *, max_bytes: int, allow_secret_like: bool = False) -> Intake:
+    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound.
+
+    A text in which something looks like a credential (see `credentials.py`) is unsound unless `allow_secret_like`.
+    """
     if source.is_dir():
-        return _examine_expert(source, max_bytes)
+        return _examine_expert(source, max_bytes, allow_secret_like)
     if source.is_file():
-        return _examine_mixture(source)
+        return _examine_mixture(source, allow_secret_like)
     raise NotFound("no such expert folder or mixture file", where=str(source))
 
 
-def _examine_expert(folder: Path, max_bytes: int) -> Intake:
+def _examine_expert(folder: Path, max_bytes: int, allow_secret_like: bool) -> Intake:
     if not (folder / CARD_FILE).is_file():
         raise NotFound(
             f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
         )
     found, left_out = _gather(folder, max_bytes)
-    card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
+    document = read_document(folder / CARD_FILE)
+    check_card(document, str(folder / CARD_FILE))
+    card = ExpertCard.from_dict(document, where=str(folder / CARD_FILE))
     files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
-        _check_content(path)
-        files.append((path, describe_file(path, name)))
+        with open_inside(folder, name) as stream:
+            judged = check_content(stream, path.suffix, where=str(path))
+        if judged.text is not None and not allow_secret_like:
+            _check_secrets(path, judged.text)
+        files.append((path, _described(path, name, judged.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -110,6 +118,14 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
     )
 
 
+def _described(path: Path, name: str, sha256: str | None) -> StoredFile:
+    """The file as the record holds it; raises BadInput where it is no longer what was judged."""
+    stored = describe_file(path, name)
+    if stored.sha256 != sha256:
+        raise BadInput("changed while it was being published", where=str(path), hint="publish it again")
+    return stored
+
+
 def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple[str, ...]]:
     """(name inside the folder, path) of all files that travel, sorted, and the names of what stays behind."""
     found: list[tuple[str, Path]] = []
@@ -118,8 +134,8 @@ def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple
     for path in _walk(folder, left_out):
         size = path.stat().st_size
         total += size
-        if path.suffix != ".safetensors" and size > _MOST_TEXT:
-            raise BadInput(f"a text of {size:,} bytes; the most is {_MOST_TEXT:,}", where=str(path))
+        if path.suffix != ".safetensors" and size > MOST_TEXT:
+            raise BadInput(f"a text of {size:,} bytes; the most is {MOST_TEXT:,}", where=str(path))
         found.append((path.relative_to(folder).as_posix(), path))
         if len(found) > _MOST_FILES:
             raise BadInput(
@@ -150,63 +166,14 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
 
 
-def _check_content(path: Path) -> None:
-    with open_plain(path) as stream:
-        start = stream.read(4096)
-        seems = _binary_kind(start)
-        if seems is not None:
-            raise BadInput(
-                f"refused: it is {seems}, whatever its name", where=str(path), hint="remove it from the folder"
-            )
-        if path.suffix == ".safetensors":
-            read_tensor_header(path)
-            return
-        if path.suffix not in _TEXTS:
-            raise BadInput(
-                "not a file of an expert, which are safetensors and text",
-                where=str(path),
-                hint=f"remove it; taken are .safetensors {' '.join(sorted(_TEXTS))}",
-            )
-        data = start + stream.read(_MOST_TEXT)
-    try:
-        text = data.decode()
-        if "\0" in text:
-            raise ValueError("it holds a NUL character")
-    except ValueError as error:
-        raise BadInput(f"not UTF-8 text: {error}", where=str(path), hint="remove it from the folder") from None
-    if _is_pickle(data):
-        raise BadInput("refused: it is a pickle, whatever its name", where=str(path), hint="remove it from the folder")
-    _check_json(path, text)
-
-
-def _check_json(path: Path, text: str) -> None:
-    lines = text.split("\n") if path.suffix == ".jsonl" else [text] if path.suffix == ".json" else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() or path.suffix == ".json":
-                json.loads(line)
-        except (ValueError, RecursionError) as error:
-            place = f" in line {number}" if path.suffix == ".jsonl" else ""
-            raise Corrupt(f"not valid JSON{place}: {error}", where=str(path)) from None
-
-
-def _binary_kind(start: bytes) -> str | None:
-    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "a pickle"
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "a zip archive (as torch.save writes its pickles)"
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd" or start[257:262] == b"ustar":
-        return "an archive"
-    return None
-
-
-def _is_pickle(data: bytes) -> bool:
-    """True where the bytes run through as a pickle program, as those of the old text protocols do."""
-    try:
-        *_, (last, _, _) = pickletools.genops(data)
-    except Exception:  # whatever ails the parser: these bytes are no pickle
-        return False
-    return len(data) > 1 and last.name == "STOP"
+def _check_secrets(path: Path, text: str) -> None:
+    # Neither the error nor a log may hold what was found.
+    for found in find_credentials(text):
+        raise BadInput(
+            f"line {found.line:,} holds what looks like {found.kind}",
+            where=str(path),
+            hint="take it out and revoke it, or publish with --allow-secret-like if it is none",
+        )
 
 
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
@@ -215,14 +182,6 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
     for name in (WEIGHTS_FILE, ADAPTER_FILE):
         if name not in hashes:
             raise NotFound(f"the expert has no {name}", where=str(folder), hint="`xpert train` writes it")
-    if not isinstance(card.base.ref, str) or not isinstance(card.base.fingerprint, str) or not card.base.fingerprint:
-        raise Corrupt("the card does not say which base model the expert belongs to", where=where)
-    if not isinstance(card.description, str) or not all(isinstance(skill, str) for skill in card.skills):
-        raise Corrupt("the card's description and skills are not texts", where=where)
-    for skill, score in card.profile.skills.items() if card.profile else ():
-        value = score.expert.score
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise Corrupt(f"the score of {skill} is not a number", where=where)
     for name, sha256 in card.files.items():
         if Path(name).suffix in _FREE or name == CARD_FILE:
             continue
@@ -237,10 +196,29 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
         raise BadInput("not the configuration of a LoRA adapter", where=str(folder / ADAPTER_FILE))
     if not read_tensor_header(folder / WEIGHTS_FILE):
         raise Corrupt("holds no tensors", where=str(folder / WEIGHTS_FILE))
+    _check_prototypes(folder, card, hashes)
 
 
-def _examine_mixture(path: Path) -> Intake:
+def _check_prototypes(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
+    """Each entry must name a tensor that is there and has a row for every label."""
+    for part in card.prototypes:
+        path = folder / part.file
+        if part.file not in hashes or path.suffix != ".safetensors":
+            raise Corrupt(f"the card's prototypes are to lie in {part.file!r}, which is not there", where=str(folder))
+        entry = read_tensor_header(path).get(part.tensor)
+        if entry is None or entry.dtype != "F32" or entry.shape != (len(part.labels), part.dimensions):
+            raise Corrupt(
+                f"holds no prototypes of {part.embedder!r} as the card describes them",
+                where=str(path),
+                hint="make them again with `xpert prototypes`",
+            )
+
+
+def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
     document = read_document(path)
+    if not allow_secret_like:
+        with open_plain(path) as stream:
+            _check_secrets(path, stream.read(MOST_DOCUMENT + 1).decode("utf-8", "replace"))
     if not isinstance(document, dict) or document.get("kind") != "mixture":
         raise BadInput(
             "not a mixture", where=str(path), hint="`xpert mix` writes one; an expert is given as its folder"
@@ -296,10 +274,11 @@ def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFi
     file = path.resolve().parent / name
     if not file.is_file():
         raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
-    _check_content(file)
     if file.suffix != ".safetensors":
         raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
-    stored = describe_file(file, ROUTER_FILE)
+    with open_plain(file) as stream:
+        judged = check_content(stream, file.suffix, where=str(file))
+    stored = _described(file, ROUTER_FILE, judged.sha256)
     if gate.get("fingerprint") not in (None, stored.sha256):
         raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
     return file, stored
@@ -307,16 +286,8 @@ def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFi
 
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
-    size = path.stat().st_size
-    if size > MOST_DOCUMENT:
-        raise BadInput(f"{size:,} bytes; the most is {MOST_DOCUMENT:,}", where=str(path))
     with open_plain(path) as stream:
-        return parse_json(stream.read(MOST_DOCUMENT + 1), where=str(path))
-
-
-def parse_json(data: bytes, *, where: str) -> Any:
-    """Raises Corrupt for what is not JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"not valid JSON: {error}", where=where) from None
+        data = stream.read(MOST_DOCUMENT + 1)
+    if len(data) > MOST_DOCUMENT:
+        raise BadInput(f"more than {MOST_DOCUMENT:,} bytes", where=str(path))
+    return parse_json(data, where=str(path))

@@ -36,10 +36,12 @@ from xpert.registry.documents import SCHEMA, DocumentName, document_bytes, parse
 from xpert.registry.index import Index
 from xpert.registry.intake import MIXTURE_FILE, Intake
 from xpert.registry.names import LATEST, Ref
-from xpert.registry.rebuilding import Rebuilt, document_of
+from xpert.registry.rebuilding import Rebuilt, check_document, document_of
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.remote import Remote
-from xpert.registry.soundness import Problem, check_index
+from xpert.registry.signatures import SignatureList
+from xpert.registry.signing_keys import SigningKey
+from xpert.registry.soundness import Problem, check_documents, check_index
 from xpert.registry.store import INDEX, MARK, Details, Garbage, Registry
 from xpert.registry.versions import Record, StoredFile, Version
 from xpert.storage import cache_folder, disk_errors, read_json, write_file, write_json
@@ -168,8 +170,11 @@ class RemoteRegistry(Registry):
     def untag(self, name: str, tag: str) -> None:
         self._persistently(lambda: super(RemoteRegistry, self).untag(name, tag))
 
-    def take_over(self, document: DocumentName, data: bytes) -> None:
-        self._persistently(lambda: super(RemoteRegistry, self).take_over(document, data))
+    def sign(self, ref: str, key: SigningKey) -> Version:
+        return self._persistently(lambda: super(RemoteRegistry, self).sign(ref, key))
+
+    def take_over(self, signatures: SignatureList) -> None:
+        self._persistently(lambda: super(RemoteRegistry, self).take_over(signatures))
 
     def remove(self, ref: str, *, force: bool = False) -> builtins.list[Version]:
         return self._persistently(lambda: super(RemoteRegistry, self).remove(ref, force=force))
@@ -293,6 +298,7 @@ class RemoteRegistry(Registry):
             for key, removed in sorted(self.records.listing().items()):
                 if not removed:
                     intact[key] = self.records.read(*key)
+            found += check_documents(self.records, intact)
             found += check_index(index, self.records, intact)
         found += self.remote.problems(intact.values(), progress)
         told = {problem.where for problem in found}
@@ -379,8 +385,7 @@ class RemoteRegistry(Registry):
             value = read_checked(data, where=where)
             if document_of(value) != document:
                 raise Corrupt(f"holds {document_of(value)}", where=where)
-            if document.kind == "record":
-                Record.from_dict(value, where=where)
+            check_document(document, value)
         except NotFound:
             return None
         except BadInput as error:  # damaged, or of a newer schema: `verify` tells, and the rest is of use

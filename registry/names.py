@@ -20,6 +20,7 @@ __all__ = [
     "check_tag",
     "default_registry",
     "parse_ref",
+    "portable",
     "registry_folder",
     "url_scheme",
 ]
@@ -28,6 +29,7 @@ LATEST = "latest"
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_PATTERN = re.compile(f"{_PART}/{_PART}")
 TAG_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -47,12 +49,18 @@ class Ref:
 
 def check_name(name: str) -> str:
     """Returns `name`; raises BadInput unless it is `owner/name` of letters, digits, `.`, `_` and `-`."""
-    if NAME_PATTERN.fullmatch(name) is None:
+    if NAME_PATTERN.fullmatch(name) is None or not all(portable(part) for part in name.split("/")):
         raise BadInput(
             f"{name!r} is not a name",
             hint="write OWNER/NAME, each of 1 to 64 letters, digits, '.', '_' or '-', the first no sign",
         )
     return name
+
+
+def portable(part: str) -> bool:
+    """Whether a file may be called so everywhere: Windows cuts off dots and blanks at the end, and `con`, `nul.json`
+    and the like are devices there."""
+    return not part.endswith((".", " ")) and _DEVICE.fullmatch(part) is None
 
 
 def check_tag(tag: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
-from xpert.registry.documents import MOST_BYTES, DocumentName, parse_document, read_checked
+from xpert.registry.documents import MOST_BYTES, DocumentName, Tag, parse_document, read_checked
 from xpert.registry.record_folder import RecordFolder
+from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import KINDS, Record
 
-__all__ = ["Rebuilt", "document_of", "lost_documents", "restore_names"]
+__all__ = ["Rebuilt", "check_document", "document_of", "lost_documents", "restore_names"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def restore_names(records: RecordFolder, progress: Progress) -> Rebuilt:
     versions = 0
     for document in records.documents():
         try:
-            _check(document, read_checked(records.read_bytes(document), where=str(document)))
+            check_document(document, read_checked(records.read_bytes(document), where=str(document)))
         except XpertError as error:
             problems.append(f"{document}: {error.what}")
             continue
@@ -105,7 +106,7 @@ def _read_copies(records: RecordFolder, problems: list[str]) -> Iterator[_Copy]:
                 raise NotFound("damaged: its content does not match its sha256")
             value = read_checked(data, where=where)
             document = document_of(value)
-            _check(document, value)
+            check_document(document, value)
         except XpertError as error:
             problems.append(f"{where or path}: {error.what}")
             continue
@@ -120,21 +121,26 @@ def document_of(value: Mapping[str, Any]) -> DocumentName:
     return parse_document(f"{value.get('name')}@{value.get('version')}{ending}.json")
 
 
-def _check(document: DocumentName, value: Mapping[str, Any]) -> None:
+def check_document(document: DocumentName, value: Mapping[str, Any]) -> None:
     """Raises where a content is not what its name says."""
     if document.kind == "removed" and value.get("kind") != "removed":
         return  # schema 1: the old record under another name
     if document_of(value) != document:
         raise NotFound(f"holds {document_of(value)}")
+    where = str(document)
     if document.kind == "record":
-        Record.from_dict(value, where=str(document))
+        Record.from_dict(value, where=where)
+    elif document.kind == "tag":
+        Tag.from_dict(value, where=where)
+    elif document.kind == "signatures":
+        SignatureList.from_dict(value, where=where)
 
 
 def _must_replace(records: RecordFolder, copy: _Copy) -> bool:
     """Whether the document under the copy's name is missing, damaged, or an older revision."""
     try:
         value = read_checked(records.read_bytes(copy.document), where="")
-        _check(copy.document, value)
+        check_document(copy.document, value)
     except XpertError:
         return True
     return copy.document.kind in ("tag", "signatures") and value["revision"] < copy.value["revision"]

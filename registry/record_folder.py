@@ -20,6 +20,7 @@ from xpert.registry.documents import (
     read_checked,
     removal,
 )
+from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import Record
 
 __all__ = ["RecordFolder"]
@@ -117,6 +118,19 @@ class RecordFolder:
         if tag.document != document:
             raise Corrupt(f"holds the tag {tag.tag} of {tag.name}", where=where)
         return tag
+
+    def read_signatures(self, name: str, version: int) -> SignatureList:
+        """The signatures of a version; an empty list where there are none, Corrupt where it is damaged."""
+        document = DocumentName(name, "signatures", version)
+        where = str(self.path(document))
+        try:
+            data = self.read_bytes(document)
+        except NotFound:
+            return SignatureList(name, version)
+        found = SignatureList.from_dict(read_checked(data, where=where), where=where)
+        if (found.name, found.version) != (name, version):
+            raise Corrupt(f"holds the signatures of {found.ref}", where=where)
+        return found
 
     def removed(self, name: str, version: int) -> bool:
         return self.path(DocumentName(name, "removed", version)).is_file()

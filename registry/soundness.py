@@ -10,13 +10,16 @@ from pathlib import Path
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
-from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card import CARD_FILE
+from xpert.registry.card_schema import check_card
+from xpert.registry.documents import DocumentName
 from xpert.registry.index import Index
 from xpert.registry.intake import MOST_DOCUMENT, parse_json
 from xpert.registry.record_folder import RecordFolder
+from xpert.registry.signatures import fingerprint, verify
 from xpert.registry.versions import Record
 
-__all__ = ["Problem", "check_index", "problems"]
+__all__ = ["Problem", "check_documents", "check_index", "problems"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ def problems(folder: Path, blobs: BlobStore, records: RecordFolder, index: Index
         if what and sha256 not in needed and blobs.path(sha256).exists()
     ]
     found += [Problem(str(path.relative_to(folder)), "does not belong here") for path in records.strangers()]
-    found += _check_documents(records, intact)
+    in_force: dict[str, str] = {}
+    found += check_documents(records, intact, in_force)
+    found += _check_copies(records, in_force)
     return found + list(check_index(index, records, intact))
 
 
@@ -75,21 +80,35 @@ def _check_records(records: RecordFolder) -> tuple[list[Problem], dict[tuple[str
     return found, intact
 
 
-def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Record]) -> Iterator[Problem]:
-    """Tags must point at versions, and every document needs a sound copy to be brought back from."""
-    in_force: dict[str, str] = {}
+def check_documents(
+    records: RecordFolder, intact: Mapping[tuple[str, int], Record], in_force: dict[str, str] | None = None
+) -> Iterator[Problem]:
+    """Tags must point at versions, and signatures must match. `in_force` is filled: sha256 -> document."""
     for document in records.documents():
+        if (
+            document.version is not None
+            and document.kind != "removed"
+            and records.removed(document.name, document.version)
+        ):
+            continue  # a remover died between its mark and the record's end; the mark counts
         try:
-            in_force[hashlib.sha256(records.read_bytes(document)).hexdigest()] = str(document)
+            if in_force is not None:
+                in_force[hashlib.sha256(records.read_bytes(document)).hexdigest()] = str(document)
             if document.kind == "tag":
                 tag = records.read_tag(document)
                 if tag.version is not None and (tag.name, tag.version) not in intact:
                     if not records.removed(tag.name, tag.version):
                         yield Problem(str(document), f"points to version {tag.version}, which is not there")
+            elif document.kind == "signatures":
+                yield from _check_signatures(document, records, intact)
         except NotFound:
             continue  # removed since it was listed
         except XpertError as error:
             yield Problem(str(document), error.what)
+
+
+def _check_copies(records: RecordFolder, in_force: Mapping[str, str]) -> Iterator[Problem]:
+    """Every document needs a sound copy to be brought back from."""
     for sha256, document_name in in_force.items():
         what = records.copies.problem(sha256)
         if what and (records.folder / document_name).is_file():
@@ -100,6 +119,16 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
             yield Problem(place, "does not belong here")
         elif sha256 not in in_force and records.copies.problem(sha256) and path.exists():
             yield Problem(place, "damaged: its content does not match its sha256")
+
+
+def _check_signatures(
+    document: DocumentName, records: RecordFolder, intact: Mapping[tuple[str, int], Record]
+) -> Iterator[Problem]:
+    assert document.version is not None
+    record = intact.get((document.name, document.version))
+    for made in records.read_signatures(document.name, document.version).signatures:
+        if record is not None and not verify(made, record):
+            yield Problem(str(document), f"the signature by {fingerprint(made.key)} does not match the version")
 
 
 def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStore) -> Iterator[Problem]:
@@ -119,7 +148,7 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
         try:
             if card is None:
                 raise NotFound("has no card")
-            ExpertCard.from_dict(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where=where)
+            check_card(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where)
         except XpertError as error:
             yield Problem(record.version.ref, error.what)
 

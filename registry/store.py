@@ -24,22 +24,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError, nearest
 from xpert.progress import SILENT, Progress
 from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
-from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes, read_checked
+from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
 from xpert.registry.index import Index
 from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
-from xpert.registry.rebuilding import Rebuilt, document_of, lost_documents, restore_names
+from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.searching import Hit, Query, find, open_fixed_embedder, text_of
+from xpert.registry.signatures import Signature, SignatureList
+from xpert.registry.signing_keys import SigningKey
 from xpert.registry.soundness import Problem, problems
+from xpert.registry.standing import refusals
 from xpert.registry.taxonomy import Taxonomy
+from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, read_json, write_json
 
@@ -115,6 +119,7 @@ class Registry:
         tags: Sequence[str] = (),
         latest: bool = True,
         max_gib: float = MAX_GIB,
+        allow_secret_like: bool = False,
         progress: Progress = SILENT,
     ) -> Version:
         """Files an expert folder or a mixture file under `owner/name` as its next version, and moves `tags` to it.
@@ -127,7 +132,7 @@ class Registry:
         check_name(name)
         for tag in tags:
             check_tag(tag)
-        intake = examine(Path(source), max_bytes=int(max_gib * GIB))
+        intake = examine(Path(source), max_bytes=int(max_gib * GIB), allow_secret_like=allow_secret_like)
         if intake.left_out:
             progress.say(f"left out: {', '.join(intake.left_out)}")
         with disk_errors(self.folder):
@@ -240,20 +245,11 @@ class Registry:
             )
         return True
 
-    def take_over(self, document: DocumentName, data: bytes) -> None:
-        """Takes a version's list of signatures over from another registry; of two lists the later revision stays.
-
-        Raises Corrupt where it is damaged or another document.
-        """
-        value = read_checked(data, where=str(document))
-        if document.kind != "signatures" or document_of(value) != document:
-            raise Corrupt("not the signatures of this version", where=str(document))
+    def take_over(self, signatures: SignatureList) -> None:
+        """Adds the signatures that a version has in another registry; raises NotFound where the version is not here."""
         with disk_errors(self.folder), self._open() as index, index.writing():
-            if self.records.path(document).is_file():
-                known = read_checked(self.records.read_bytes(document), where=str(document))
-                if known["revision"] >= value["revision"]:
-                    return
-            self._write(document, data)
+            version = self._resolve(index, Ref(signatures.name, signatures.version))
+            self._sign(version, signatures)
 
     def fetch(self, record: Record, files: Sequence[StoredFile] | None = None, progress: Progress = SILENT) -> None:
         """Sees to it that files of a version (None: all) are among the blobs. In a folder they always are."""
@@ -286,6 +282,22 @@ class Registry:
         moved = Tag(version.name, tag, target, newest, revision, _now())
         self._write(moved.document, document_bytes(moved.to_dict()))
         index.set_tag(moved)
+
+    def sign(self, ref: str, key: SigningKey) -> Version:
+        """Adds a signature to a version, and returns that version. Signing again changes nothing.
+
+        Signed is what the record says: whoever vouches for a version has looked at its content before.
+        """
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, parse_ref(ref))
+            self._sign(version, SignatureList(version.name, version.version, (key.sign(self._read(version)),)))
+        return version
+
+    def _sign(self, version: Version, more: SignatureList) -> None:
+        known = self.records.read_signatures(version.name, version.version)
+        merged = known.merged(more)
+        if merged.signatures != known.signatures:
+            self._write(DocumentName(version.name, "signatures", version.version), merged.to_bytes())
 
     def _write(self, document: DocumentName, data: bytes) -> None:
         """Creates or replaces a document that is no record. Inside the writing transaction."""
@@ -352,17 +364,21 @@ class Registry:
             self._refuse_lost(index)
             needed: set[str] = set()
             in_force: set[str] = set()
+            ended: builtins.list[Path] = []
             for document in self.records.documents():
-                if document.kind == "record":
+                if document.kind in ("record", "signatures"):
                     assert document.version is not None
                     if self.records.removed(document.name, document.version):
+                        ended.append(self.records.path(document))  # its remover died after the mark
                         continue
+                if document.kind == "record":
+                    assert document.version is not None
                     for file in self.records.read(document.name, document.version).files:
                         needed.update(part.sha256 for part in file.blobs)
                 in_force.add(hashlib.sha256(self.records.read_bytes(document)).hexdigest())
             garbage = [path for sha256, path in self.blobs.all() if sha256 and sha256 not in needed]
             garbage += [path for sha256, path in self.records.copies.all() if sha256 and sha256 not in in_force]
-            garbage += self.drafts.stale()
+            garbage += [*ended, *self.drafts.stale()]
             size = sum(path.lstat().st_size for path in garbage)
             for path in garbage if not dry_run else ():
                 path.unlink(missing_ok=True)
@@ -463,13 +479,23 @@ class Registry:
         document = parse_json(self.blobs.read(file, most=MOST_DOCUMENT, what=where), where=where)
         return Details(version, record.files, document, numbers, tags)
 
-    def pull(self, ref: str | Ref, out: Path | None = None, *, progress: Progress = SILENT) -> Path:
+    @final
+    def pull(
+        self,
+        ref: str | Ref,
+        out: Path | None = None,
+        *,
+        require_signature: bool = False,
+        progress: Progress = SILENT,
+    ) -> Path:
         """Copies a version out, every file checked against its sha256, and returns the folder.
 
-        Without `out` the folder lies in the cache under the content's digest; a sound one there is used again.
-        Raises Corrupt where a file is missing or damaged, BadInput where `out` exists.
+        Without `out` the folder lies in the cache under the content's digest; a sound one there is used again. Raises
+        Corrupt where a file is missing or damaged or a signature does not match, BadInput where `out` exists or the
+        trust list refuses the version; with `require_signature` it refuses whatever no trusted key signed.
         """
         record = self.record(ref)
+        TrustList.read().enforce(record, self.signatures_of(record), required=require_signature)
         return self._take_out(record, out, progress)
 
     def _take_out(self, record: Record, out: Path | None, progress: Progress) -> Path:
@@ -477,6 +503,15 @@ class Registry:
         if out is None:
             return check_out_to_cache(self.blobs, record, progress)
         return check_out(self.blobs, record, Path(out))
+
+    def signatures_of(self, record: Record) -> Sequence[Signature]:
+        """Who signed a version; whether they match, and whom to trust, is for `TrustList.judge` to say."""
+        return self.records.read_signatures(record.version.name, record.version.version).signatures
+
+    def refused(self) -> Sequence[Problem]:
+        """The versions that `pull` would refuse for their signatures, or for lack of them, and why."""
+        with self._open():
+            return refusals(self.records, TrustList.read())
 
     def search(
         self,
@@ -663,7 +698,7 @@ def _tags_hint(index: Index, name: str) -> str:
 
 
 def _schema(mark: Path) -> int:
-    value = read_json(mark)
+    value = read_json(mark, most=4096)
     if not isinstance(value, dict) or value.get("kind") != "registry" or type(value.get("schema")) is not int:
         raise Corrupt("not the mark of a registry", where=str(mark))
     schema: int = value["schema"]

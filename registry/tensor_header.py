@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xpert.errors import Corrupt
 
-__all__ = ["TensorEntry", "read_tensor_header", "read_tensor_spans"]
+__all__ = ["TensorEntry", "read_tensor_header", "read_tensor_spans", "tensor_header"]
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _BITS = {
@@ -21,6 +21,12 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64"), 64),
 }
+
+
+class Readable(Protocol):
+    """What bytes are read from."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +56,23 @@ def read_tensor_spans(path: Path) -> tuple[int, list[tuple[int, int]]]:
 
 
 def _read(path: Path) -> tuple[int, dict[str, TensorEntry]]:
+    with path.open("rb") as stream:
+        return tensor_header(stream, os.fstat(stream.fileno()).st_size, where=str(path))
+
+
+def tensor_header(stream: Readable, size: int, *, where: str) -> tuple[int, dict[str, TensorEntry]]:
+    """Where the tensors begin, and the tensors by name, of an open file of `size` bytes. Errors as above."""
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-                raise ValueError("its header's length is impossible")
-            raw = stream.read(length)
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise ValueError("its header's length is impossible")
+        raw = stream.read(length)
         if not raw.startswith(b"{"):
             raise ValueError("its header is not JSON")
         header = json.loads(raw, object_pairs_hook=_without_repeats)
         return 8 + length, _tensors(header, size - 8 - length)
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise Corrupt(f"not a sound safetensors file: {error}", where=str(path)) from None
+        raise Corrupt(f"not a sound safetensors file: {error}", where=where) from None
 
 
 def _tensors(header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntry]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt
 from xpert.registry.documents import SCHEMA, DocumentName, document_bytes, read_checked
-from xpert.registry.names import check_name
+from xpert.registry.names import check_name, parse_ref, portable
 from xpert.storage import hash_json
 
 __all__ = ["KINDS", "Part", "Record", "StoredFile", "Version", "content_digest"]
@@ -68,7 +68,7 @@ class Part:
     size: int
 
     def __post_init__(self) -> None:
-        if _SHA256.fullmatch(self.sha256) is None or type(self.size) is not int or self.size < 0:
+        if not _is_sha256(self.sha256) or type(self.size) is not int or self.size < 0:
             raise BadInput("a part has no sound size and sha256")
 
 
@@ -85,10 +85,10 @@ class StoredFile:
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        names = self.path.split("/")
-        if len(names) > 8 or not all(_PATH_PART.fullmatch(name) for name in names):
+        names = self.path.split("/") if isinstance(self.path, str) else []
+        if not 1 <= len(names) <= 8 or not all(_PATH_PART.fullmatch(name) and portable(name) for name in names):
             raise BadInput(f"{self.path!r} may not be the name of a file of an expert", hint="rename or remove it")
-        if _SHA256.fullmatch(self.sha256) is None or type(self.size) is not int or self.size < 0:
+        if not _is_sha256(self.sha256) or type(self.size) is not int or self.size < 0:
             raise BadInput(f"{self.path!r} has no sound size and sha256")
         if self.parts and sum(part.size for part in self.parts) != self.size:
             raise BadInput(f"the parts of {self.path!r} do not add up to its size")
@@ -101,10 +101,21 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Record:
-    """A version and its files, as its record file holds them."""
+    """A version and its files, as its record file holds them.
+
+    One that was read keeps the file's very bytes and checksum, so that a copy of it elsewhere is the same, whatever
+    fields later versions add.
+    """
 
     version: Version
     files: tuple[StoredFile, ...]
+    written: bytes | None = field(default=None, compare=False, repr=False)
+    sealed: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def checksum(self) -> str:
+        """The checksum in its file; signatures bind it."""
+        return self.sealed or str(self.to_dict()["checksum"])
 
     @property
     def document(self) -> DocumentName:
@@ -115,12 +126,12 @@ class Record:
         return value | {"checksum": hash_json(value)}
 
     def to_bytes(self) -> bytes:
-        return document_bytes(self.to_dict())
+        return self.written or document_bytes(self.to_dict())
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> Record:
         """Raises Corrupt where the record does not match its own checksum, BadInput for a newer schema."""
-        return cls.from_dict(read_checked(data, where=where), where=where)
+        return replace(cls.from_dict(read_checked(data, where=where), where=where), written=data)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], *, where: str) -> Record:
@@ -128,16 +139,44 @@ class Record:
         plain = {key: item for key, item in value.items() if key not in ("checksum", "schema")}
         try:
             files = tuple(_file(entry) for entry in plain.pop("files"))
+            if not isinstance(plain["skills"], list) or not isinstance(plain["uses"], list):
+                raise ValueError("its skills and uses are no lists")
             version = Version(**plain | {"skills": tuple(plain["skills"]), "uses": tuple(plain["uses"])})
             check_name(version.name)
-        except (KeyError, TypeError, AttributeError, BadInput) as error:
+            _check_fields(version)
+        except (KeyError, TypeError, AttributeError, ValueError, BadInput) as error:
             raise Corrupt(f"the record is damaged: {error}", where=where) from None
-        folded = {file.path.casefold() for file in files}
-        if version.kind not in KINDS or version.digest != content_digest(files) or len(folded) != len(files):
+        if version.kind not in KINDS or version.digest != content_digest(files) or _collide(files):
             raise Corrupt("the record contradicts itself", where=where)
         if type(version.version) is not int or version.version < 1:
             raise Corrupt(f"the record has the version number {version.version!r}", where=where)
-        return cls(version, files)
+        return cls(version, files, sealed=value.get("checksum"))
+
+
+def _check_fields(version: Version) -> None:
+    texts = (version.created, version.base, version.base_fingerprint, version.description, *version.skills)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a field that must be text is none")
+    if type(version.size) is not int or version.size < 0:
+        raise ValueError("its size is no count")
+    scores = version.scores
+    if not isinstance(scores, dict) or not all(type(score) in (int, float) for score in scores.values()):
+        raise ValueError("a score is no number")
+    if any(parse_ref(ref).version is None for ref in version.uses):
+        raise ValueError("it uses something that is no version")
+
+
+def _collide(files: tuple[StoredFile, ...]) -> bool:
+    """Whether two files cannot lie in one folder: names equal but for case, or one the folder of another."""
+    folded = {file.path.casefold() for file in files}
+    folders = {name.rpartition("/")[0] for name in folded}
+    while inner := {name.rpartition("/")[0] for name in folders} - folders:
+        folders |= inner
+    return len(folded) != len(files) or bool(folded & folders)
+
+
+def _is_sha256(text: object) -> bool:
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
 def _file_value(file: StoredFile) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "alive",
     "cache_folder",
     "check_output",
+    "config_folder",
     "data_folder",
     "disk_errors",
     "disk_is_full",
@@ -49,6 +50,12 @@ def cache_folder() -> Path:
     set_by_user = os.environ.get("XPERT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(set_by_user) if set_by_user else Path(base) / "xpert"
+
+
+def config_folder() -> Path:
+    """xpert's folder among the user's settings; the trust list lies in it."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "xpert"
 
 
 def data_folder() -> Path:
@@ -140,13 +147,18 @@ def write_json(target: Path, value: Any) -> None:
     write_file(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises NotFound where there is no such file, Corrupt where it is not JSON."""
+def read_json(path: Path, *, most: int = 256 << 20) -> Any:
+    """Raises NotFound where there is no such file, Corrupt where it is not JSON or has more than `most` bytes."""
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb") as stream:
+            data = stream.read(most + 1)
     except FileNotFoundError:
         raise NotFound("no such file", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    if len(data) > most:
+        raise Corrupt(f"more than {most:,} bytes", where=str(path))
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
 
 

@@ -155,8 +155,8 @@ def test_publishers_on_many_machines(
             seed += 1
         command = [sys.executable, "-c", PUBLISHER, here.location, str(tmp_path / "experts" / str(number))]
         environment = {**_environment(), "XPERT_CACHE": str(tmp_path / f"cache{number % 2}")}  # two share a mirror
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))
+        pipe = subprocess.PIPE
+        runs.append(subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe))
     outcomes = [run.communicate(timeout=120) for run in runs]
     told = [ref for out, _ in outcomes for ref in out.split()]
     assert all(run.returncode == 0 for run in runs), outcomes

@@ -146,3 +146,18 @@ def test_a_registry_of_version_1_that_may_only_be_read(old: Registry, monkeypatc
     before = sorted((path, hash_file(path)) for path in old.folder.rglob("*") if path.is_file())
     assert old.show("acme/dates").version.version == 2 and len(old.list()) == 4
     assert sorted((path, hash_file(path)) for path in old.folder.rglob("*") if path.is_file()) == before
+
+
+def test_a_remover_that_died_after_its_mark(full: Registry) -> None:
+    """The mark counts: the record that is left is no version, no fault, and goes with the next `gc`."""
+    record = full.folder / "records" / "bell" / "b@1.json"
+    data = record.read_bytes()
+    full.remove("bell/b", force=True)
+    full.remove("acme/mix")
+    record.write_bytes(data)
+    assert "bell/b" not in {entry.latest.name for entry in full.list()} and full.verify() == []
+    full.gc()
+    assert not record.exists() and full.verify() == [] and full.gc().files == 0
+    record.write_bytes(data)
+    full.rebuild()
+    assert "bell/b" not in {entry.latest.name for entry in full.list()} and full.verify() == []

@@ -115,6 +115,7 @@ DEEDS = {
 def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_path: Path, deeds: str) -> None:
     for number in range(12):
         expert(f"{number:02}", seed=number)
+    registry.publish(tmp_path / "experts" / "00", "acme/first")
     chance = random.Random(deeds)
     known: dict[str, str] = {}
     gone: set[str] = set()
