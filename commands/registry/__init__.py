@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_adapter", "Publish a LoRA folder of peft, or an adapter of the Hugging Face Hub, as an expert."),
     "pull": ("pull", "Copy a version out, every file checked."),
     "export": ("export", "Write an expert for other programs: a LoRA folder, a merged model, a GGUF file."),
+    "copy": ("copy_versions", "Copy versions into another registry, under their own numbers."),
     "list": ("list_names", "List all names with their latest version."),
     "show": ("show", "Show a version's card, skill profile and files."),
     "search": ("search", "Search names, descriptions and skills."),
