@@ -302,7 +302,7 @@ def _translated(error: BaseException, where: str) -> Exception | None:
     from huggingface_hub import errors
 
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return _translated(error.__cause__, where)
+        return _translated(error.__cause__, where) or error
     if isinstance(error, errors.LocalTokenNotFoundError):
         return BadInput("the Hub asks who you are", where=where, hint=_LOG_IN)
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -313,6 +313,10 @@ def _translated(error: BaseException, where: str) -> Exception | None:
         return BadInput("its owner asks for consent", where=where, hint=f"accept its terms on the Hub, and {_LOG_IN}")
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, where)
+    if isinstance(error, RuntimeError) or type(error).__module__.startswith("hf_xet"):  # so the uploading library fails
+        return Unavailable(f"an upload failed: {_first_line(error)}", where=where, hint="publish it again")
+    if isinstance(error, ValueError) and str(error).startswith("LFS batch API"):
+        return BadInput(f"the Hub refuses a large file: {str(error).splitlines()[-1]}", where=where)
     if isinstance(error, ValueError) and "metadata" in str(error):
         line = str(error).splitlines()[-1].lstrip("- ")
         return BadInput(f"the Hub refuses the metadata of README.md: {line}", where=where, hint="correct README.md")
@@ -346,6 +350,10 @@ def _refusal(error: Any, where: str) -> Exception:
     if status is not None and status >= 500:
         return Unavailable(f"the Hub is in trouble ({status})", where=where, hint="try again later")
     return BadInput(f"the Hub refuses it ({status}){_said(said)}", where=where)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _said(lines: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xpert.errors import Corrupt, NotFound, Unavailable
+from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
 from xpert.registry.documents import MOST_BYTES, DocumentName, Tag, parse_document, read_checked
 from xpert.registry.remotes._hub_client import WAITS, HubClient, Moved
 from xpert.registry.remotes._hub_layout import CARD, Head, document_path, faults, git_oid, git_tag, plain_card, title_of
@@ -36,33 +36,31 @@ class HubRepository:
 
     def publish(
         self, record: Record, data: bytes, files: Mapping[str, Path], told: Told, *, private: bool | None
-    ) -> Head:
+    ) -> None:
         """A version's files and document in one commit, then its git tag. Raises FileExistsError for a taken number.
 
         `files` are where the record's files lie here, by their paths in the version.
         """
         document = record.document
-        tried = False
 
         def plan(head: Head) -> list[Any] | None:
-            nonlocal tried
             head.check_is_for(document.name)
             present = head.documents.get(str(document))
-            if present is not None and tried and present == git_oid(data):
+            if present == git_oid(data):
                 return None  # our own commit, whose answer was lost
             if present is not None or str(_removal(document)) in head.documents:
                 raise FileExistsError(str(document))
-            tried = True
             return self._version(head, record, data, files)
 
-        head = self._change(plan, title_of(record.version.ref), told=told, private=private, create=True)
-        self._check(head, record, files)
-        published = {f"v{document.version}": head.commit}
+        head, made = self._change(plan, title_of(record.version.ref), told=told, private=private, create=True)
+        published = {}
+        if made:
+            self._check(head, record, files)
+            published[f"v{document.version}"] = head.commit
         if head.numbers()[-1] != document.version:
             title = f"Show {document.name}@{head.numbers()[-1]} again"
-            head = self._change(lambda head: self._newest_on_top(head, record), title)
+            head, _ = self._change(lambda head: self._newest_on_top(head, record), title)
         self._align_tags(head, published)
-        return head
 
     def commit_of(self, record: Record) -> tuple[str, dict[str, str]]:
         """The commit that holds a version, and what is wrong with its files there by its listing.
@@ -132,30 +130,25 @@ class HubRepository:
 
     # ── other documents ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, document: DocumentName, data: bytes, mark: str | None) -> Head:
+    def put(self, document: DocumentName, data: bytes, mark: str | None, *, private: bool | None) -> None:
         """Creates or replaces a document that is no record; raises FileExistsError where it is not as `mark` says."""
-        tried = False
 
         def plan(head: Head) -> list[Any] | None:
-            nonlocal tried
             from huggingface_hub import CommitOperationAdd
 
             head.check_is_for(document.name)
             present = head.documents.get(str(document))
-            if tried and present == git_oid(data):
+            if present == git_oid(data):
                 return None  # our own commit, whose answer was lost
             if present != mark:
                 raise FileExistsError(str(document))
-            tried = True
             operations: list[Any] = [CommitOperationAdd(document_path(str(document)), data)]
             if document.kind == "removed":
                 operations += self._without(head, document)
             return operations
 
-        head = self._change(plan, _verb(document))
-        moved = Tag.from_dict(read_checked(data, where=str(document)), where=str(document)) if document.tag else None
-        self._align_tags(head, {}, moved)
-        return head
+        head, _ = self._change(plan, _verb(document), private=private, create=mark is None)
+        self._align_tags(head, {}, _tag(document, data))
 
     def _without(self, head: Head, removal: DocumentName) -> list[Any]:
         """The operations that end a version: its documents go, and `main` shows the newest of those that stay."""
@@ -208,22 +201,23 @@ class HubRepository:
         told: Told | None = None,
         private: bool | None = None,
         create: bool = False,
-    ) -> Head:
-        """Commits what `plan` makes of the newest commit, as often as somebody else is faster; the commit made.
+    ) -> tuple[Head, bool]:
+        """Commits what `plan` makes of the newest commit, and again as often as somebody else is faster.
 
-        Where `plan` gives None there is nothing to do. Where an answer is lost, one looks whether it was done.
+        The commit made, and True; or the newest one and False, where `plan` gives None since there is nothing to do: so
+        also where the answer to a commit was lost, since it is looked whether it was done.
         """
         waits = list(WAITS)
         for _ in range(_MOST_TRIES):
             head = self._look(create=create, private=private)
             operations = plan(head)
             if operations is None:
-                return head
+                return head, False
             try:
                 self._upload(operations, told)
                 told = None
                 commit = self.client.commit(self.name, operations, title, head.commit)
-                return self.client.tree(self.name, commit)
+                return self.client.tree(self.name, commit), True
             except Moved:
                 time.sleep(WAITS[0] / 10)
             except Unavailable:
@@ -275,6 +269,14 @@ class HubRepository:
 
 def _removal(document: DocumentName) -> DocumentName:
     return DocumentName(document.name, "removed", document.version)
+
+
+def _tag(document: DocumentName, data: bytes) -> Tag | None:
+    """Where a document moves a tag to; None for other documents, and for damaged ones, of which their readers tell."""
+    try:
+        return Tag.from_dict(read_checked(data, where=str(document)), where=str(document)) if document.tag else None
+    except BadInput:
+        return None
 
 
 def _verb(document: DocumentName) -> str:

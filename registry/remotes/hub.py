@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,9 +58,7 @@ class Hub:
         endpoint = endpoint_shown()
         self.location = f"hf://{self.namespace}{f'?endpoint={endpoint}' if endpoint else ''}"
         self.client = HubClient(self.location)
-        self._heads: dict[str, str] = {}  # repository -> the commit that was last seen
         self._changed: set[str] = set()  # repositories changed from here, which the Hub's listing may not tell yet
-        self._lock = threading.Lock()
 
     # ── documents ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -87,7 +84,6 @@ class Hub:
         in_parallel(look, heads, WORKERS)
         if found != known:
             write_json(memory, found)
-        self._heads = {repository: entry["commit"] for repository, entry in found.items()}
         return {
             document: mark
             for repository, entry in found.items()
@@ -97,9 +93,8 @@ class Hub:
 
     def read(self, document: str) -> bytes:
         repository = self._repository(parse_document(document).name)
-        commit = self._heads.get(repository, "main")
         try:
-            return self.client.small(repository, commit, document_path(document), MOST_BYTES)
+            return self.client.small(repository, "main", document_path(document), MOST_BYTES)
         except NotFound:
             raise NotFound(f"there is no {document}", where=self.location) from None
 
@@ -107,10 +102,9 @@ class Hub:
         name = parse_document(document)
         repository = self._repository(name.name)
         try:
-            head = HubRepository(self.client, repository).put(name, data, mark)
+            HubRepository(self.client, repository).put(name, data, mark, private=self.private)
         finally:
             self._changed.add(repository)
-        self._heads[repository] = head.commit
 
     def _repositories(self) -> dict[str, str]:
         """Repository -> its newest commit, for those that may hold documents."""
@@ -150,10 +144,9 @@ class Hub:
         with ExitStack() as drafts, telling(progress, f"sending {record.version.ref}", total) as told:
             files = {file.path: _whole(file, blobs, drafts, record.version.ref) for file in record.files}
             try:
-                head = HubRepository(self.client, repository).publish(record, data, files, told, private=self.private)
+                HubRepository(self.client, repository).publish(record, data, files, told, private=self.private)
             finally:
                 self._changed.add(repository)
-        self._heads[repository] = head.commit
 
     def fetch(self, record: Record, files: Sequence[StoredFile], blobs: BlobStore, progress: Progress = SILENT) -> None:
         """See `Remote`. Of a file that is partly here, the parts that are missing travel."""
@@ -165,14 +158,14 @@ class Hub:
         commit, wrong = HubRepository(self.client, repository).commit_of(record)
         for stretch in stretches:
             if stretch.path in wrong:
-                raise Corrupt(wrong[stretch.path], where=f"{repository}: {ref}: {stretch.path}", hint=_REMEDY)
+                raise Corrupt(f"{wrong[stretch.path]} in {repository}", where=f"{ref}: {stretch.path}", hint=_REMEDY)
         total = sum(part.size for stretch in stretches for part in stretch.parts)
         with telling(progress, f"fetching {ref}", total) as told:
 
             def bring(stretch: _Stretch) -> None:
                 stream = Stretch(self.client, repository, commit, stretch.path)
                 start = stretch.start
-                what = f"{repository}: {ref}: {stretch.path}"
+                what = f"{ref}: {stretch.path}"
                 try:
                     for part in stretch.parts:
 
