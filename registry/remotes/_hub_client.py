@@ -322,7 +322,7 @@ def _translated(error: BaseException, where: str) -> Exception | None:
         return BadInput(f"the Hub refuses the metadata of README.md: {line}", where=where, hint="correct README.md")
     if passing(error):
         return Unavailable(
-            f"the Hub cannot be reached ({type(error).__name__})", where=where, hint="look after your connection"
+            f"the Hub cannot be reached ({type(error).__name__})", where=where, hint="check your connection"
         )
     return None
 
