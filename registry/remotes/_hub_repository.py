@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from xpert.registry.remotes._hub_layout import CARD, Head, document_path, faults
 from xpert.registry.remotes._transfer import Told
 from xpert.registry.versions import Record
 
-__all__ = ["HubRepository"]
+__all__ = ["WORKERS", "Found", "HubRepository"]
 
 WORKERS = 8
 _MOST_TRIES = 20  # so often may others be faster
+
+
+@dataclass(frozen=True)
+class Found:
+    """The commit of a version, what is wrong with its files by the listing, and where the version's git tag points."""
+
+    head: Head
+    wrong: Mapping[str, str]
+    tagged: str | None
 
 
 class HubRepository:
@@ -62,26 +72,26 @@ class HubRepository:
             head, _ = self._change(lambda head: self._newest_on_top(head, record), title)
         self._align_tags(head, published)
 
-    def commit_of(self, record: Record) -> tuple[str, dict[str, str]]:
-        """The commit that holds a version, and what is wrong with its files there by its listing.
+    def find(self, record: Record) -> Found:
+        """The commit that holds a version; raises NotFound where there is none.
 
         That is where its git tag points; or, where that is something else, the commit that published it.
         """
-        version, tags = record.version, self.client.tags(self.name)
-        tagged = tags.get(f"v{version.version}")
-        wrong: dict[str, str] = {}
-        if tagged is not None:
-            wrong = faults(record.files, self.client.tree(self.name, tagged).files)
-            if not wrong:
-                return tagged, {}
-        titled = self.client.titled(self.name, title_of(version.ref))
-        if titled is not None:
-            wrong_there = faults(record.files, self.client.tree(self.name, titled).files)
-            if tagged is None or not wrong_there:
-                return titled, wrong_there
-        if tagged is None:
+        version = record.version
+        tagged = self.client.tags(self.name).get(f"v{version.version}")
+        found = None if tagged is None else self._found(record, tagged, tagged)
+        if found is None or found.wrong:
+            titled = self.client.titled(self.name, title_of(version.ref))
+            other = None if titled is None else self._found(record, titled, tagged)
+            if other is not None and (found is None or not other.wrong):
+                return other
+        if found is None:
             raise NotFound("the repository has no commit of this version", where=f"{self.name}: {version.ref}")
-        return tagged, wrong
+        return found
+
+    def _found(self, record: Record, commit: str, tagged: str | None) -> Found:
+        head = self.client.tree(self.name, commit)
+        return Found(head, faults(record.files, head.files), tagged)
 
     def _version(self, head: Head, record: Record, data: bytes, files: Mapping[str, Path]) -> list[Any]:
         """What turns `head` into a commit that shows the version: its files, its document, nothing left over."""
@@ -115,7 +125,7 @@ class HubRepository:
 
     def _check(self, head: Head, record: Record, files: Mapping[str, Path]) -> None:
         """Compares what the Hub says it holds with what was sent."""
-        tree = self.client.tree(self.name, head.commit).files
+        tree = head.files
         wrong = faults(record.files, tree)
         for path, source in files.items():
             if path not in wrong and tree[path].sha256 is None and tree[path].oid != git_oid(source.read_bytes()):
@@ -180,13 +190,13 @@ class HubRepository:
         """The operations that make `main` show an earlier version's files again; large ones are copied there."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-        commit, _ = self.commit_of(record)
-        there = self.client.tree(self.name, commit).files
+        found = self.find(record)
+        there = found.head.files
         paths = {file.path for file in record.files} & set(there)
         operations = self._deletions(head, gone, paths)
         for path in sorted(paths):
             if head.files.get(path) != there[path]:
-                operations.append(CommitOperationCopy(path, path, src_revision=commit))
+                operations.append(CommitOperationCopy(path, path, src_revision=found.head.commit))
         if CARD not in paths:
             operations.append(CommitOperationAdd(CARD, plain_card(record)))
         return operations

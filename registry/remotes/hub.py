@@ -50,7 +50,7 @@ class Hub:
     """
 
     schemes: ClassVar[tuple[str, ...]] = ("hf",)
-    cost = "sync: 1 request per 1,000 repositories and 1 per repository that changed; publish: 10 to 15 requests"
+    cost = "sync: 1 request per 1,000 repositories, 1 per repository that changed, 1 per new document; publish: some 20"
     source = "huggingface_hub, https://huggingface.co/docs/huggingface_hub"
 
     def __init__(self, url: str) -> None:
@@ -155,15 +155,17 @@ class Hub:
             return
         ref = record.version.ref
         repository = self._repository(record.version.name)
-        commit, wrong = HubRepository(self.client, repository).commit_of(record)
+        found = HubRepository(self.client, repository).find(record)
         for stretch in stretches:
-            if stretch.path in wrong:
-                raise Corrupt(f"{wrong[stretch.path]} in {repository}", where=f"{ref}: {stretch.path}", hint=_REMEDY)
+            if stretch.path in found.wrong:
+                raise Corrupt(
+                    f"{found.wrong[stretch.path]} in {repository}", where=f"{ref}: {stretch.path}", hint=_REMEDY
+                )
         total = sum(part.size for stretch in stretches for part in stretch.parts)
         with telling(progress, f"fetching {ref}", total) as told:
 
             def bring(stretch: _Stretch) -> None:
-                stream = Stretch(self.client, repository, commit, stretch.path)
+                stream = Stretch(self.client, repository, found.head.commit, stretch.path)
                 start = stretch.start
                 what = f"{ref}: {stretch.path}"
                 try:
@@ -211,20 +213,18 @@ class Hub:
         try:
             if Record.from_bytes(self.read(str(document)), where=repository) != record:
                 yield Problem(ref, f"{repository} has another record of it")
-            commit, wrong = HubRepository(self.client, repository).commit_of(record)
+            found = HubRepository(self.client, repository).find(record)
         except XpertError as error:
             yield Problem(ref, error.what)
             return
-        for path, what in sorted(wrong.items()):
+        for path, what in sorted(found.wrong.items()):
             yield Problem(f"{ref}: {path}", f"{what} in {repository}")
-        tagged = self.client.tags(repository).get(f"v{record.version.version}")
-        if tagged != commit:
-            what = "missing" if tagged is None else "at another commit"
+        if found.tagged != found.head.commit:
+            what = "missing" if found.tagged is None else "at another commit"
             yield Problem(ref, f"the git tag v{record.version.version} of {repository} is {what}")
-        tree = self.client.tree(repository, commit).files
         for file in record.files:
-            if file.path in tree and tree[file.path].sha256 is None and file.path not in wrong:
-                data = self.client.small(repository, commit, file.path, file.size)
+            if file.path not in found.wrong and found.head.files[file.path].sha256 is None:
+                data = self.client.small(repository, found.head.commit, file.path, file.size)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     yield Problem(f"{ref}: {file.path}", f"damaged: not what was published, in {repository}")
 

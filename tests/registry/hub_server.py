@@ -38,7 +38,8 @@ class Fault:
     """Something that goes wrong with requests whose "METHOD /path" `on` is found in.
 
     `status` answers it; `cut` closes the connection after so many bytes of the body; `forget` does what was asked and
-    closes the connection without a reply; `seconds` delays. Strikes every `every`-th of them, `times` times.
+    closes the connection without a reply; `seconds` delays. Strikes every `every`-th of them after the first `skip`,
+    `times` times.
     """
 
     on: str
@@ -46,6 +47,7 @@ class Fault:
     cut: int | None = None
     forget: bool = False
     seconds: float = 0.0
+    skip: int = 0
     every: int = 1
     times: int = 1_000_000
     seen: int = field(default=0, init=False)
@@ -55,7 +57,7 @@ class Fault:
         if re.search(self.on, line) is None or self.struck >= self.times:
             return False
         self.seen += 1
-        if self.seen % self.every:
+        if self.seen <= self.skip or (self.seen - self.skip) % self.every:
             return False
         self.struck += 1
         return True

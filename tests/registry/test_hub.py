@@ -307,6 +307,37 @@ def test_a_publish_that_dies_leaves_nothing_and_goes_on(hub: HubServer, store: B
     assert not any("PUT /lfs/" in line for line in hub.requests), "the weights are there already"
 
 
+@pytest.mark.parametrize("forget", [False, True], ids=["refused", "unanswered"])
+def test_a_change_that_ends_anywhere_is_done_or_not_done(
+    hub: HubServer, store: BlobStore, monkeypatch: pytest.MonkeyPatch, forget: bool
+) -> None:
+    """The connection is lost for good after any number of requests: no half of a version is seen, none is lost."""
+    monkeypatch.setattr(_hub_client, "WAITS", ())
+    monkeypatch.setattr("xpert.registry.remotes._hub_repository.WAITS", (0.0,))
+    kept, number, passed = [push(Hub("hf://"), store, _contents(0))], 2, False
+    for skip in range(40):
+        record = _version(store, _contents(number, **{f"only{number}": [b"x"]}), number=number)
+        hub.faults[:] = [Fault("", status=0 if forget else 500, forget=forget, skip=skip)]
+        try:
+            Hub("hf://").push(record, record.to_bytes(), store)
+            passed = True
+        except (Unavailable, Corrupt):
+            assert not passed, "the more requests are answered, the farther it comes"
+        hub.faults.clear()
+        if f"{NAME}@{number}.json" in Hub("hf://").listing():
+            kept.append(record)
+            number += 1
+        assert set(Hub("hf://").listing()) == {f"{one.version.ref}.json" for one in kept}
+        assert all("git tag" in problem.what for problem in Hub("hf://").problems(kept))
+        if passed:
+            break
+    assert passed and len(kept) > 2
+    final = push(Hub("hf://"), store, _contents(99), number=number)
+    assert list(Hub("hf://").problems([*kept, final])) == []
+    shown = {path for path in hub.repository(NAME).head.tree if not path.startswith((".xpert/", ".git"))}
+    assert shown == set(_contents(99))
+
+
 def test_a_publish_that_dies_before_its_git_tag_is_whole(hub: HubServer, store: BlobStore, tmp_path: Path) -> None:
     remote = Hub("hf://")
     hub.faults.append(Fault("POST .*/tag/", status=500))
