@@ -114,6 +114,7 @@ class HubClient:
             commits = self.api.list_repo_commits(repository)
         return next((str(commit.commit_id) for commit in commits if commit.title == title), None)
 
+    @cached_property
     def namespaces(self) -> list[str]:
         """The user's own name and those of their organizations; none where nobody is logged in."""
         from huggingface_hub import get_token

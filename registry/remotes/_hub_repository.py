@@ -112,16 +112,20 @@ class HubRepository:
         return [CommitOperationDelete(path, is_folder=False) for path in sorted(gone & set(head.files))]
 
     def _record_on_top(self, head: Head) -> Record | None:
-        """The record of the newest version, whose files `main` shows."""
+        """The record of the newest version, whose files `main` shows; None where there is none."""
         numbers = head.numbers()
         if not numbers:
             return None
         (name,) = head.names
         return self._record(head, DocumentName(name, "record", numbers[-1]))
 
-    def _record(self, head: Head, document: DocumentName) -> Record:
+    def _record(self, head: Head, document: DocumentName) -> Record | None:
+        """A version's record; None for a damaged one, which must not hinder changes. `verify` tells of it."""
         data = self.client.small(self.name, head.commit, document_path(str(document)), MOST_BYTES)
-        return Record.from_bytes(data, where=f"{self.name}: {document}")
+        try:
+            return Record.from_bytes(data, where=f"{self.name}: {document}")
+        except BadInput:
+            return None
 
     def _check(self, head: Head, record: Record, files: Mapping[str, Path]) -> None:
         """Compares what the Hub says it holds with what was sent."""
@@ -176,10 +180,10 @@ class HubRepository:
             return operations
         gone = self._record(head, ended)
         if len(numbers) == 1:
-            return operations + self._deletions(head, gone, set())
-        return operations + self._shown(
-            head, self._record(head, DocumentName(removal.name, "record", numbers[-2])), gone
-        )
+            operations += self._deletions(head, gone, set())
+            return operations + [CommitOperationDelete(CARD, is_folder=False)] * (CARD in head.files)
+        below = self._record(head, DocumentName(removal.name, "record", numbers[-2]))
+        return operations + ([] if below is None else self._shown(head, below, gone))
 
     def _newest_on_top(self, head: Head, over: Record) -> list[Any] | None:
         """What brings the newest version's files back to the top after those of an older number were put there."""

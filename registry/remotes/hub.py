@@ -130,7 +130,7 @@ class Hub:
             return
         # A stranger's repository that asks for consent would stop everybody who has not given it.
         yield from (model for model in self.client.api.list_models(filter=TAG, expand=expand) if not model.gated)
-        for namespace in self.client.namespaces():
+        for namespace in self.client.namespaces:
             yield from self.client.api.list_models(author=namespace, expand=expand)
 
     def _repository(self, name: str) -> str:

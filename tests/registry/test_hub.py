@@ -170,9 +170,7 @@ def test_a_mixture_gets_a_card(hub: HubServer, store: BlobStore, api: HfApi, tmp
     Hub("hf://lab").fetch(record, record.files, back)
     _check(record, back, contents, tmp_path / "out")
     remote.write("alice/mix@1.removed.json", document_bytes(removal("alice/mix", 1)), mark=None)
-    assert set(hub.repository("lab/mix").head.tree) == {
-        ".gitattributes", "README.md", ".xpert/alice/mix@1.removed.json",
-    }  # fmt: skip
+    assert set(hub.repository("lab/mix").head.tree) == {".gitattributes", ".xpert/alice/mix@1.removed.json"}
 
 
 def test_files_of_others_stay(hub: HubServer, store: BlobStore, api: HfApi) -> None:
@@ -415,6 +413,18 @@ def test_problems_of_every_kind_are_told(hub: HubServer, store: BlobStore, api: 
         f"{NAME}@1: adapter_model.safetensors: holds 5 bytes instead of 9,500 in {NAME}",
         f"{NAME}@2: its record is missing in {NAME}",
     }
+
+
+def test_a_damaged_record_hinders_nothing(hub: HubServer, store: BlobStore) -> None:
+    remote = Hub("hf://")
+    records = [push(remote, store, _contents(number), number=number) for number in (1, 2)]
+    hub.flip(NAME, f".xpert/{NAME}@2.json")
+    assert [problem.where for problem in remote.problems(records)] == [f"{NAME}@2"]
+    records.append(push(remote, store, _contents(3), number=3))
+    _remove(remote, 3)
+    _remove(remote, 2)
+    assert list(remote.problems(records[:1])) == []
+    assert hub.content(NAME, "adapter_config.json") == b'{"r": 1}'
 
 
 # ── other documents ──────────────────────────────────────────────────────────────────────────────────────────────
