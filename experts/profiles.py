@@ -14,7 +14,6 @@ from typing import Any
 
 from xpert.experts.consistency import Probes, consistency, find_probes
 from xpert.experts.evaluate import EvalOptions, Evaluation, Subject, usable_items
-from xpert.experts.expert_folder import model_card
 from xpert.experts.expert_report import REPORT_FILE, write_expert_report
 from xpert.experts.item_groups import ItemGroups, ItemSpace, by_cluster
 from xpert.experts.known_prompts import seen_in_training
@@ -27,6 +26,7 @@ from xpert.experts.term_keywords import keywords_by_terms
 from xpert.progress import SILENT, Progress
 from xpert.records import SuiteItem
 from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
+from xpert.registry.model_card import model_card
 from xpert.storage import hash_file, write_file
 
 __all__ = ["Profiled", "Views", "as_profile", "keyword_votes", "profile_expert", "write_profile"]

@@ -17,6 +17,7 @@ from xpert.storage import read_json, write_json
 __all__ = [
     "CARD_FILE",
     "EXEMPLARS_FILE",
+    "SCHEMA",
     "BaseModel",
     "Consistency",
     "ExpertCard",

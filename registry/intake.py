@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,9 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card_schema import check_card
 from xpert.registry.content import MOST_TEXT, check_content, open_inside
+from xpert.registry.credentials import find_credentials
 from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
 from xpert.registry.strict_json import parse_json
@@ -75,26 +76,33 @@ class Intake:
         return tuple(file for _, file in self.files)
 
 
-def examine(source: Path, *, max_bytes: int) -> Intake:
-    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound."""
+def examine(source: Path, *, max_bytes: int, allow_secret_like: bool = False) -> Intake:
+    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound.
+
+    A text in which something looks like a credential (see `credentials.py`) is unsound unless `allow_secret_like`.
+    """
     if source.is_dir():
-        return _examine_expert(source, max_bytes)
+        return _examine_expert(source, max_bytes, allow_secret_like)
     if source.is_file():
-        return _examine_mixture(source)
+        return _examine_mixture(source, allow_secret_like)
     raise NotFound("no such expert folder or mixture file", where=str(source))
 
 
-def _examine_expert(folder: Path, max_bytes: int) -> Intake:
+def _examine_expert(folder: Path, max_bytes: int, allow_secret_like: bool) -> Intake:
     if not (folder / CARD_FILE).is_file():
         raise NotFound(
             f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
         )
     found, left_out = _gather(folder, max_bytes)
-    card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
+    document = read_document(folder / CARD_FILE)
+    check_card(document, str(folder / CARD_FILE))
+    card = ExpertCard.from_dict(document, where=str(folder / CARD_FILE))
     files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
         with open_inside(folder, name) as stream:
             judged = check_content(stream, path.suffix, where=str(path))
+        if judged.text is not None and not allow_secret_like:
+            _check_secrets(path, judged.text)
         files.append((path, _described(path, name, judged.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
@@ -158,20 +166,22 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
 
 
+def _check_secrets(path: Path, text: str) -> None:
+    # Neither the error nor a log may hold what was found.
+    for found in find_credentials(text):
+        raise BadInput(
+            f"line {found.line:,} holds what looks like {found.kind}",
+            where=str(path),
+            hint="take it out and revoke it, or publish with --allow-secret-like if it is none",
+        )
+
+
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
     """The card must be complete and tell the truth about the files beside it."""
     where = str(folder / CARD_FILE)
     for name in (WEIGHTS_FILE, ADAPTER_FILE):
         if name not in hashes:
             raise NotFound(f"the expert has no {name}", where=str(folder), hint="`xpert train` writes it")
-    if not isinstance(card.base.ref, str) or not isinstance(card.base.fingerprint, str) or not card.base.fingerprint:
-        raise Corrupt("the card does not say which base model the expert belongs to", where=where)
-    if not isinstance(card.description, str) or not all(isinstance(skill, str) for skill in card.skills):
-        raise Corrupt("the card's description and skills are not texts", where=where)
-    for skill, score in card.profile.skills.items() if card.profile else ():
-        value = score.expert.score
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise Corrupt(f"the score of {skill} is not a number", where=where)
     for name, sha256 in card.files.items():
         if Path(name).suffix in _FREE or name == CARD_FILE:
             continue
@@ -186,10 +196,29 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
         raise BadInput("not the configuration of a LoRA adapter", where=str(folder / ADAPTER_FILE))
     if not read_tensor_header(folder / WEIGHTS_FILE):
         raise Corrupt("holds no tensors", where=str(folder / WEIGHTS_FILE))
+    _check_prototypes(folder, card, hashes)
 
 
-def _examine_mixture(path: Path) -> Intake:
+def _check_prototypes(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
+    """Each entry must name a tensor that is there and has a row for every label."""
+    for part in card.prototypes:
+        path = folder / part.file
+        if part.file not in hashes or path.suffix != ".safetensors":
+            raise Corrupt(f"the card's prototypes are to lie in {part.file!r}, which is not there", where=str(folder))
+        entry = read_tensor_header(path).get(part.tensor)
+        if entry is None or entry.dtype != "F32" or entry.shape != (len(part.labels), part.dimensions):
+            raise Corrupt(
+                f"holds no prototypes of {part.embedder!r} as the card describes them",
+                where=str(path),
+                hint="make them again with `xpert prototypes`",
+            )
+
+
+def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
     document = read_document(path)
+    if not allow_secret_like:
+        with open_plain(path) as stream:
+            _check_secrets(path, stream.read(MOST_DOCUMENT + 1).decode("utf-8", "replace"))
     if not isinstance(document, dict) or document.get("kind") != "mixture":
         raise BadInput(
             "not a mixture", where=str(path), hint="`xpert mix` writes one; an expert is given as its folder"

@@ -10,7 +10,8 @@ from pathlib import Path
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
-from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card import CARD_FILE
+from xpert.registry.card_schema import check_card
 from xpert.registry.documents import DocumentName
 from xpert.registry.index import Index
 from xpert.registry.intake import MOST_DOCUMENT, parse_json
@@ -139,7 +140,7 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
         try:
             if card is None:
                 raise NotFound("has no card")
-            ExpertCard.from_dict(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where=where)
+            check_card(parse_json(blobs.read(card, most=MOST_DOCUMENT, what=where), where=where), where)
         except XpertError as error:
             yield Problem(record.version.ref, error.what)
 

@@ -114,6 +114,7 @@ class Registry:
         tags: Sequence[str] = (),
         latest: bool = True,
         max_gib: float = MAX_GIB,
+        allow_secret_like: bool = False,
         progress: Progress = SILENT,
     ) -> Version:
         """Files an expert folder or a mixture file under `owner/name` as its next version, and moves `tags` to it.
@@ -126,7 +127,7 @@ class Registry:
         check_name(name)
         for tag in tags:
             check_tag(tag)
-        intake = examine(Path(source), max_bytes=int(max_gib * GIB))
+        intake = examine(Path(source), max_bytes=int(max_gib * GIB), allow_secret_like=allow_secret_like)
         if intake.left_out:
             progress.say(f"left out: {', '.join(intake.left_out)}")
         with disk_errors(self.folder):

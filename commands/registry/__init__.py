@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sign": ("sign", "Vouch for a version with your signature."),
     "keygen": ("keygen", "Make a key to sign versions with."),
     "trust": ("trust", "Say whose signatures count, and what must be signed."),
+    "schema": ("schema", "Print the form of an expert's card."),
     "gc": ("collect", "Remove files that no version needs."),
     "rebuild": ("rebuild", "Make names and index again from the blobs."),
 }

@@ -28,6 +28,9 @@ __all__ = ["command"]
     help="Refuse an expert larger than this.",
 )
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated.")
+@click.option(
+    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
+)
 @click.option("--no-latest", is_flag=True, help="Leave the tag `latest` where it is.")
 @click.option(
     "--sign",
@@ -47,6 +50,7 @@ def command(
     max_size: float,
     tags: Sequence[str],
     no_latest: bool,
+    allow_secret_like: bool,
     key: Path | None,
     passphrase_file: Path | None,
 ) -> None:
@@ -55,7 +59,13 @@ def command(
         raise BadInput("--tag latest and --no-latest contradict each other", hint="leave one of them out")
     signing = SigningKey.load(key.expanduser(), passphrase_from(passphrase_file)) if key else None
     version = registry.publish(
-        source, name, tags=tags, latest=not no_latest, max_gib=max_size, progress=session.progress
+        source,
+        name,
+        tags=tags,
+        latest=not no_latest,
+        max_gib=max_size,
+        allow_secret_like=allow_secret_like,
+        progress=session.progress,
     )
     value = {"ref": version.ref, "repeated": version.repeated, **version.to_dict(), "registry": registry.location}
     done = f"{'already ' if version.repeated else ''}published {version.ref}"
