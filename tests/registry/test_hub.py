@@ -30,7 +30,9 @@ from tests.registry.test_remotes import (
 from tests.registry.test_remotes import test_what_is_pushed_comes_back as test_what_is_pushed_comes_back
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.registry.blobs import BlobStore, Drafts
+from xpert.registry.card import BaseModel, ExpertCard
 from xpert.registry.documents import Tag, document_bytes, removal
+from xpert.registry.model_card import model_card
 from xpert.registry.remotes import _hub_client
 from xpert.registry.remotes.hub import Hub
 from xpert.registry.versions import Part, Record, StoredFile, Version, content_digest
@@ -171,6 +173,14 @@ def test_a_mixture_gets_a_card(hub: HubServer, store: BlobStore, api: HfApi, tmp
     _check(record, back, contents, tmp_path / "out")
     remote.write("alice/mix@1.removed.json", document_bytes(removal("alice/mix", 1)), mark=None)
     assert set(hub.repository("lab/mix").head.tree) == {".gitattributes", ".xpert/alice/mix@1.removed.json"}
+
+
+def test_the_model_card_of_an_expert_is_found(hub: HubServer, store: BlobStore, api: HfApi) -> None:
+    """The tag by which `hf://` finds experts stands in the card that training writes."""
+    card = ExpertCard(base=BaseModel("org/base", "f" * 64), adapter={"r": 4}, description="a: b", skills=("dates",))
+    push(Hub("hf://"), store, _contents(1) | {"README.md": [model_card(card, on_hub=True).encode()]})
+    (found,) = api.list_models(filter=["xpert", "base_model:org/base"])
+    assert found.id == NAME and found.library_name == "peft"
 
 
 def test_files_of_others_stay(hub: HubServer, store: BlobStore, api: HfApi) -> None:
