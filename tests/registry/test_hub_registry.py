@@ -30,6 +30,7 @@ from xpert.errors import Corrupt
 from xpert.registry.copying import copy_versions
 from xpert.registry.mirror import RemoteRegistry
 from xpert.registry.opening import open_registry
+from xpert.registry.signing_keys import SigningKey
 from xpert.registry.store import Registry
 
 __all__ = [
@@ -79,6 +80,19 @@ def test_copies_go_there_and_back(place: Place, filled: Registry, tmp_path: Path
     back = Registry(tmp_path / "back")
     copy_versions(there, back, ["acme/both", "acme/sums"], every=True, tags=True)
     assert records(back) == records(filled) and list(there.verify()) == []
+
+
+def test_signatures_go_along(place: Place, filled: Registry, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    keys = [SigningKey.generate(tmp_path / f"key{number}") for number in range(2)]
+    filled.sign("acme/sums@1", keys[0])
+    there = open_registry("hf://acme")
+    copy_versions(filled, there, ["acme/sums@1"])
+    there.sign("acme/sums@1", keys[1])
+    back = Registry(tmp_path / "back")
+    copy_versions(there, back, ["acme/sums@1"])
+    signed = {made.key for made in back.signatures_of(back.record("acme/sums@1"))}
+    assert signed == {key.public.key for key in keys} and list(there.verify()) == []
 
 
 @pytest.fixture
