@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpert.errors import BadInput
@@ -29,6 +29,7 @@ def drawn(array: Any, draws: int, seed: int) -> Any:
         }
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1000))
 def test_every_draw_is_ranked_as_by_itself(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -51,6 +52,7 @@ def test_every_draw_is_ranked_as_by_itself(seed: int) -> None:
         assert disagreement(order, scores) == kemeny(scores).disagreement
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(METHODS))
 def test_first_places_add_up_and_seeds_repeat(seed: int, method: str) -> None:
     rng = np.random.default_rng(seed)
