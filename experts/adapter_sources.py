@@ -8,6 +8,7 @@ Taken are three files: `adapter_config.json`, `adapter_model.safetensors` and `R
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _listing(
     from huggingface_hub import errors as hub
 
     try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        info = HfApi(endpoint=_endpoint()).model_info(name, revision=revision, files_metadata=True)
     except hub.GatedRepoError:
         raise Unavailable(
             "its owner asks for consent", where=spec, hint="accept its terms on the hub, then `hf auth login`"
@@ -189,6 +190,11 @@ def _listing(
     return {file.rfilename: file.size for file in info.siblings or ()}, info.sha
 
 
+def _endpoint() -> str | None:
+    """Another Hub than the public one, if the user has set one; read now, where the client reads it once."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
 def _unreachable(error: Exception) -> bool:
     """The Hub's client lets through whatever its HTTP package raises: those errors are told by their names."""
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -201,7 +207,12 @@ def _snapshot(name: str, revision: str | None, inner: str, spec: str, *, offline
 
     lead = f"{inner}/" if inner else ""
     wanted = [f"{lead}{file}" for file in (CONFIG_FILE, WEIGHTS_FILE, MODEL_CARD)]
-    given: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "local_files_only": offline}
+    given: dict[str, Any] = {
+        "endpoint": _endpoint(),
+        "revision": revision,
+        "allow_patterns": wanted,
+        "local_files_only": offline,
+    }
     try:
         return Path(snapshot_download(name, **given))
     except Exception as error:

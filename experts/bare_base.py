@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from xpert.model_files import ModelFiles, find_model
 if TYPE_CHECKING:
     from xpert.language_model import LanguageModel
 
-__all__ = ["bare_base", "bare_model", "find_base"]
+__all__ = ["bare_base", "bare_model", "find_base", "on_hub"]
+
+HUB_NAME = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?(?<!\.gguf)")
 
 
 def bare_model(files: ModelFiles) -> Any:
@@ -78,6 +81,11 @@ def find_base(given: str | None, named: str | None, *, revision: str | None = No
     except (NotFound, BadInput) as reason:
         why = "" if isinstance(reason, NotFound) else f" (in the hub's cache: {reason.what})"
         raise Unavailable(f"its base model {named} is not on this machine{why}", where=where, hint=hint) from None
+
+
+def on_hub(name: str | None) -> bool:
+    """Whether a base is named as on the Hub (`owner/name`, or `name` alone), and not by a path of some machine."""
+    return bool(name) and HUB_NAME.fullmatch(str(name)) is not None and not Path(str(name)).exists()
 
 
 def _cached(name: str, revision: str | None) -> ModelFiles:

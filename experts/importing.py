@@ -22,7 +22,7 @@ from xpert.errors import BadInput, Corrupt
 from xpert.experts.adapter_readme import read_readme
 from xpert.experts.adapter_sources import AdapterSource, find_adapter
 from xpert.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from xpert.experts.bare_base import bare_base, find_base
+from xpert.experts.bare_base import bare_base, find_base, on_hub
 from xpert.experts.expert_folder import EXEMPLARS
 from xpert.experts.merge_folder import settle_card
 from xpert.progress import SILENT, Progress
@@ -30,10 +30,11 @@ from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
 from xpert.registry.intake import read_document
 from xpert.registry.names import check_name
 from xpert.registry.store import MAX_GIB, Registry
-from xpert.storage import cache_folder, hash_file, write_file, write_json
+from xpert.storage import cache_folder, disk_errors, hash_file, write_file, write_json
 
 if TYPE_CHECKING:
     from xpert.experts.adapters import Adapter
+    from xpert.language_model import LanguageModel
     from xpert.model_files import ModelFiles
     from xpert.registry.versions import Version
 
@@ -80,8 +81,9 @@ def import_adapter(
     told = told or Told()
     found = find_adapter(source, max_gib=max_gib, progress=progress)
     parent = cache_folder() / "imports"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
+    with disk_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(parent), tempfile.TemporaryDirectory(dir=parent) as scratch:
         folder = Path(scratch) / name.rpartition("/")[2]
         folder.mkdir()
         card, warnings = write_imported(folder, found, told, progress=progress)
@@ -105,7 +107,7 @@ def write_imported(
     shutil.copyfile(found.weights, folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, settled)
     base = bare_base(files)
-    adapter = read_adapter(folder.name, folder, base)
+    adapter = _checked(folder, base, found)
     warnings = [*_doubts(config, named, files, told, base.model.config), *_idle(adapter)]
     if told.exemplars is not None:
         write_file(folder / EXEMPLARS_FILE, _exemplars(told.exemplars))
@@ -115,7 +117,7 @@ def write_imported(
         "revision": found.revision,
         "sha": found.sha,
         "weights": hash_file(folder / WEIGHTS_FILE),
-        "base_named": _public(named),
+        "base_named": named if on_hub(named) else None,  # a path of somebody's machine means nothing here
         "licence": told.licence if told.licence is not None else readme.licence,
         "peft_version": config.get("peft_version") if isinstance(config.get("peft_version"), str) else None,
         "warnings": warnings,
@@ -126,11 +128,21 @@ def write_imported(
         name=folder.name,
         description=told.description or readme.description or f"LoRA adapter imported from {found.source}.",
         skills=told.skills if told.skills is not None else readme.skills,
-        training={"imported": origin},
+        training={"method": f"import of {found.source}", "imported": origin},
         # Of the weights, not of this import: the same adapter imported again is then the same version.
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.weights.stat().st_mtime)),
     )
     return settle_card(folder, card, on_hub=files.on_hub), tuple(warnings)
+
+
+def _checked(folder: Path, base: LanguageModel, found: AdapterSource) -> Adapter:
+    """The adapter, if it is of a form that is served and fits the base; errors name its source, not the draft."""
+    try:
+        return read_adapter(folder.name, folder, base)
+    except BadInput as error:
+        where = found.source if found.sha else str(found.config.parent)
+        hint = "give the base model it was made for with --base" if "base model" in error.what else error.hint
+        raise type(error)(error.what, where=where, hint=hint) from None
 
 
 def _check_task(config: Mapping[str, Any], where: str) -> None:
@@ -152,18 +164,14 @@ def _settled(config: Mapping[str, Any], named: str | None, files: ModelFiles) ->
     settled = {**config, "inference_mode": True, "auto_mapping": None}
     if files.on_hub:
         settled |= {"base_model_name_or_path": name, "revision": revision or None}
-    elif _public(named) is None or Path(str(named)).exists():
-        settled |= {"base_model_name_or_path": _ref(files), "revision": None}
+    elif not on_hub(named):
+        # peft loads no GGUF file: its users name the base themselves.
+        settled |= {"base_model_name_or_path": None if files.gguf else _ref(files), "revision": None}
     return {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in settled.items()}
 
 
 def _ref(files: ModelFiles) -> str:
     return files.ref if files.on_hub else str((files.gguf or files.folder).resolve())
-
-
-def _public(named: str | None) -> str | None:
-    """The base's name if it is one of the Hub; a path of somebody's machine means nothing here, and is not passed on."""
-    return named if named and named.count("/") <= 1 and not named.startswith((".", "/", "~")) else None
 
 
 def _facts(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def _doubts(config: Mapping[str, Any], named: str | None, files: ModelFiles, tol
     if config.get("task_type") is None:
         found.append("it states no task; it is taken for one of a causal language model")
     last = str(named or "").rstrip("/").rpartition("/")[2]
-    if told.base is not None and last and last.casefold() not in files.ref.casefold():
+    if told.base is not None and last and last.casefold() not in Path(files.ref).name.casefold():
         found.append(
             f"it says it was made for {last}, and is taken for one of {Path(files.ref).name}: "
             "modules and shapes fit, which does not prove that the weights are the same"

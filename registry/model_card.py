@@ -39,7 +39,7 @@ def model_card(card: ExpertCard, *, on_hub: bool) -> str:
         f"# {_text(card.name or 'expert')}",
         _paragraph(card.description),
         _purpose(card, base),
-        _use(base),
+        _use(card, base),
         f"## Where it came from\n\n{_rows(_provenance(card, base))}",
         _scores(card),
         _licences(card),
@@ -58,7 +58,7 @@ def model_card_data(card: ExpertCard, *, on_hub: bool) -> ModelCardData:
     """The metadata block, https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
     from huggingface_hub import ModelCardData
 
-    extra: dict[str, Any] = dict(hub_licence(card.licences))
+    extra: dict[str, Any] = dict(hub_licence(card.licences) or hub_licence({_licence_of_its_own(card): 1}))
     tags = ["lora", "peft", "xpert"]
     if on_hub and _ON_HUB.fullmatch(_base_name(card, on_hub)):  # a path means nothing to the Hub
         extra["base_model"] = _base_name(card, on_hub)
@@ -123,7 +123,7 @@ def _purpose(card: ExpertCard, base: str) -> str:
     )
 
 
-def _use(base: str) -> str:
+def _use(card: ExpertCard, base: str) -> str:
     name = json.dumps(_line(base), ensure_ascii=False)
     return (
         "## How to load it\n\n```python\nfrom peft import PeftModel\n"
@@ -131,8 +131,20 @@ def _use(base: str) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
         f"model = AutoModelForCausalLM.from_pretrained({name})\n"
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")  # or the name of its repository\n```\n\n'
-        "It has learned answers in the base model's own chat template."
+        + _form(card)
     )
+
+
+def _form(card: ExpertCard) -> str:
+    if _mapping(card.training.get("imported")):
+        return "It was made elsewhere: its maker knows in which form prompts are to be put to it."
+    return "It has learned answers in the base model's own chat template."
+
+
+def _licence_of_its_own(card: ExpertCard) -> str:
+    """Of an imported adapter, the licence that its maker states; empty for others."""
+    stated = _mapping(card.training.get("imported")).get("licence")
+    return _line(stated) if isinstance(stated, str) else ""
 
 
 def _provenance(card: ExpertCard, base: str) -> Iterator[tuple[str, str]]:
@@ -140,6 +152,9 @@ def _provenance(card: ExpertCard, base: str) -> Iterator[tuple[str, str]]:
     training, selection = card.training, card.selection
     if isinstance(training.get("method"), str):
         yield "made by", _text(training["method"])
+    commit = _mapping(training.get("imported")).get("sha")
+    if isinstance(commit, str):
+        yield "commit", _code(commit)
     yield from _merged_of(training)
     yield from _selected(selection)
     figures = _mapping(training.get("figures"))
@@ -157,8 +172,9 @@ def _provenance(card: ExpertCard, base: str) -> Iterator[tuple[str, str]]:
     told = [f"{name} {_number(adapter[name])}" for name in ("rank", "alpha") if _number(adapter.get(name))]
     modules = adapter.get("target_modules")
     if isinstance(modules, list | tuple) and modules:
-        shown = ", ".join(_text(name) for name in modules[:12] if isinstance(name, str))
-        told.append(f"on {shown}" + (f" and {len(modules) - 12} more" if len(modules) > 12 else ""))
+        # Modules may be named in full, layer by layer: what kind they are is told by the last word.
+        kinds = list(dict.fromkeys(_text(name.rpartition(".")[2]) for name in modules if isinstance(name, str)))
+        told.append(f"on {', '.join(kinds[:12])}" + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else ""))
     yield "adapter", ", ".join(told) or "see adapter_config.json"
     if card.created:
         yield "made", _text(card.created)
@@ -214,7 +230,9 @@ def _scores(card: ExpertCard) -> str:
 
 def _licences(card: ExpertCard) -> str:
     if not card.licences:
-        return "## Licences\n\nThe licences of the rows it was trained on are not known."
+        own = _licence_of_its_own(card)
+        stated = f"Its maker states the licence {_text(own)}. " if own else ""
+        return f"## Licences\n\n{stated}The licences of the rows it was trained on are not known."
     lines = [f"| {_text(name)} | {rows:,} |" for name, rows in card.licences.items()]
     told = "The rows it was trained on state these licences; what they ask of the adapter is for you to judge."
     return f"## Licences\n\n{told}\n\n| licence | rows |\n|---|---|\n" + "\n".join(lines)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from xpert.errors import BadInput, Unavailable
+from xpert.errors import BadInput
 from xpert.storage import data_folder
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "parse_ref",
     "portable",
     "registry_folder",
+    "url_scheme",
 ]
 
 LATEST = "latest"
@@ -88,20 +89,22 @@ def default_registry() -> Path:
     return registry_folder(set_by_user) if set_by_user else data_folder() / "registry"
 
 
+def url_scheme(location: str) -> str | None:
+    """`s3` of `s3://bucket/x`, in lower case; None of a path."""
+    match = _SCHEME.match(location)
+    return None if match is None else match[0].removesuffix("://").lower()
+
+
 def registry_folder(location: str | Path) -> Path:
-    """The folder a path or `file://` URL means. Other schemes raise Unavailable: remotes do not exist yet."""
+    """The folder a path or `file://` URL means; raises BadInput for other URLs, which `open_registry` opens."""
     text = str(location)
     if not text:
         raise BadInput("the registry's path is empty", hint="write --registry FOLDER")
-    if isinstance(location, Path) or _SCHEME.match(text) is None:
+    if isinstance(location, Path) or url_scheme(text) is None:
         return Path(text).expanduser()
     parts = urlsplit(text)
     if parts.scheme.lower() != "file":
-        raise Unavailable(
-            f"registries at {parts.scheme}:// addresses are not supported yet",
-            where=text,
-            hint="use a folder: --registry PATH or file:///PATH",
-        )
+        raise BadInput(f"{parts.scheme}:// is no folder", hint="open it with `xpert.registry.opening.open_registry`")
     if parts.netloc not in ("", "localhost"):
         raise BadInput("a file URL of another machine", where=text, hint="write file:///PATH")
     return Path(unquote(parts.path))

@@ -14,7 +14,7 @@ from xpert.registry.record_folder import RecordFolder
 from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import KINDS, Record
 
-__all__ = ["Rebuilt", "lost_documents", "restore_names"]
+__all__ = ["Rebuilt", "check_document", "document_of", "lost_documents", "restore_names"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def restore_names(records: RecordFolder, progress: Progress) -> Rebuilt:
     versions = 0
     for document in records.documents():
         try:
-            _check(document, read_checked(records.read_bytes(document), where=str(document)))
+            check_document(document, read_checked(records.read_bytes(document), where=str(document)))
         except XpertError as error:
             problems.append(f"{document}: {error.what}")
             continue
@@ -105,15 +105,15 @@ def _read_copies(records: RecordFolder, problems: list[str]) -> Iterator[_Copy]:
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise NotFound("damaged: its content does not match its sha256")
             value = read_checked(data, where=where)
-            document = _document_of(value)
-            _check(document, value)
+            document = document_of(value)
+            check_document(document, value)
         except XpertError as error:
             problems.append(f"{where or path}: {error.what}")
             continue
         yield _Copy(document, data, value)
 
 
-def _document_of(value: Mapping[str, Any]) -> DocumentName:
+def document_of(value: Mapping[str, Any]) -> DocumentName:
     kind = value.get("kind")
     if kind == "tag":
         return parse_document(f"{value.get('name')}@{value.get('tag')}.tag.json")
@@ -121,12 +121,12 @@ def _document_of(value: Mapping[str, Any]) -> DocumentName:
     return parse_document(f"{value.get('name')}@{value.get('version')}{ending}.json")
 
 
-def _check(document: DocumentName, value: Mapping[str, Any]) -> None:
+def check_document(document: DocumentName, value: Mapping[str, Any]) -> None:
     """Raises where a content is not what its name says."""
     if document.kind == "removed" and value.get("kind") != "removed":
         return  # schema 1: the old record under another name
-    if _document_of(value) != document:
-        raise NotFound(f"holds {_document_of(value)}")
+    if document_of(value) != document:
+        raise NotFound(f"holds {document_of(value)}")
     where = str(document)
     if document.kind == "record":
         Record.from_dict(value, where=where)
@@ -140,7 +140,7 @@ def _must_replace(records: RecordFolder, copy: _Copy) -> bool:
     """Whether the document under the copy's name is missing, damaged, or an older revision."""
     try:
         value = read_checked(records.read_bytes(copy.document), where="")
-        _check(copy.document, value)
+        check_document(copy.document, value)
     except XpertError:
         return True
     return copy.document.kind in ("tag", "signatures") and value["revision"] < copy.value["revision"]

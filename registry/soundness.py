@@ -19,7 +19,7 @@ from xpert.registry.record_folder import RecordFolder
 from xpert.registry.signatures import fingerprint, verify
 from xpert.registry.versions import Record
 
-__all__ = ["Problem", "problems"]
+__all__ = ["Problem", "check_documents", "check_index", "problems"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ def problems(folder: Path, blobs: BlobStore, records: RecordFolder, index: Index
         if what and sha256 not in needed and blobs.path(sha256).exists()
     ]
     found += [Problem(str(path.relative_to(folder)), "does not belong here") for path in records.strangers()]
-    found += _check_documents(records, intact)
-    return found + list(_check_index(index, records, intact))
+    in_force: dict[str, str] = {}
+    found += check_documents(records, intact, in_force)
+    found += _check_copies(records, in_force)
+    return found + list(check_index(index, records, intact))
 
 
 def _check_records(records: RecordFolder) -> tuple[list[Problem], dict[tuple[str, int], Record]]:
@@ -78,9 +80,10 @@ def _check_records(records: RecordFolder) -> tuple[list[Problem], dict[tuple[str
     return found, intact
 
 
-def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Record]) -> Iterator[Problem]:
-    """Tags must point at versions, and every document needs a sound copy to be brought back from."""
-    in_force: dict[str, str] = {}
+def check_documents(
+    records: RecordFolder, intact: Mapping[tuple[str, int], Record], in_force: dict[str, str] | None = None
+) -> Iterator[Problem]:
+    """Tags must point at versions, and signatures must match. `in_force` is filled: sha256 -> document."""
     for document in records.documents():
         if (
             document.version is not None
@@ -89,7 +92,8 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
         ):
             continue  # a remover died between its mark and the record's end; the mark counts
         try:
-            in_force[hashlib.sha256(records.read_bytes(document)).hexdigest()] = str(document)
+            if in_force is not None:
+                in_force[hashlib.sha256(records.read_bytes(document)).hexdigest()] = str(document)
             if document.kind == "tag":
                 tag = records.read_tag(document)
                 if tag.version is not None and (tag.name, tag.version) not in intact:
@@ -101,6 +105,10 @@ def _check_documents(records: RecordFolder, intact: Mapping[tuple[str, int], Rec
             continue  # removed since it was listed
         except XpertError as error:
             yield Problem(str(document), error.what)
+
+
+def _check_copies(records: RecordFolder, in_force: Mapping[str, str]) -> Iterator[Problem]:
+    """Every document needs a sound copy to be brought back from."""
     for sha256, document_name in in_force.items():
         what = records.copies.problem(sha256)
         if what and (records.folder / document_name).is_file():
@@ -145,7 +153,8 @@ def _check_version(record: Record, state: dict[str, str | None], blobs: BlobStor
             yield Problem(record.version.ref, error.what)
 
 
-def _check_index(index: Index, records: RecordFolder, intact: dict[tuple[str, int], Record]) -> Iterator[Problem]:
+def check_index(index: Index, records: RecordFolder, intact: Mapping[tuple[str, int], Record]) -> Iterator[Problem]:
+    """Index rows that say something else than the records, and mixtures whose experts are not there."""
     for line in index.unsound():
         yield Problem("index.sqlite", line)
     indexed = {(version.name, version.version): version for version in index.all()}

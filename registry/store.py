@@ -21,7 +21,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -102,7 +102,12 @@ class Registry:
     @property
     def location(self) -> str:
         """What opens this registry again, as shown to users and written into mixtures."""
-        return str(self.folder)
+        return str(self.folder.resolve())
+
+    @property
+    def notice(self) -> str | None:
+        """What a user should know before reading its answers."""
+        return None
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,12 +139,17 @@ class Registry:
             self._make()
             for content, file in intake.files:
                 self.blobs.put(content, file)
-            with self._open() as index, index.writing():
-                version = self._file(index, intake, name, stay=not latest)
-                for tag in tags:
-                    self._move(index, version, tag)
+            version = self._enter(intake, name, tags, stay=not latest, progress=progress)
         if version.repeated:
             progress.say(f"this content is published already, as {version.ref}")
+        return version
+
+    def _enter(self, intake: Intake, name: str, tags: Sequence[str], *, stay: bool, progress: Progress) -> Version:
+        """Makes what was examined, and whose contents are stored, a version with its tags."""
+        with self._opened() as index, index.writing():
+            version = self._file(index, intake, name, stay=stay)
+            for tag in tags:
+                self._move(index, version, tag)
         return version
 
     def _file(self, index: Index, intake: Intake, name: str, *, stay: bool) -> Version:
@@ -186,9 +196,63 @@ class Registry:
         return record.version
 
     def _commit(self, record: Record) -> Record:
-        """Makes a version count; where others give out numbers too, under another number than asked for."""
+        """Makes a version count. Inside the writing transaction."""
         self.records.add(record)
         return record
+
+    def adopt(self, record: Record, folder: Path, *, progress: Progress = SILENT) -> bool:
+        """Files a version of another registry, its files lying in `folder`, under its own number and record.
+
+        False where it is here already. What may enter is examined as by `publish`. Raises BadInput where its number is
+        taken by another content or by a removed version, Corrupt where the folder is not what the record says.
+        """
+        version = record.version
+        intake = examine(folder if version.kind == "expert" else folder / MIXTURE_FILE, max_bytes=2 * version.size)
+        if content_digest(intake.stored) != version.digest:
+            raise Corrupt("holds other files than the record says", where=version.ref)
+        with disk_errors(self.folder):
+            self._make()
+            for file in record.files:
+                self.blobs.put(folder / file.path, file)
+            with self._opened() as index, index.writing():
+                if self._has(index, record):
+                    return False
+                if version.kind == "mixture":
+                    self._check_uses(index, intake)
+                index.add(self._commit(record).version)
+        return True
+
+    def _has(self, index: Index, record: Record) -> bool:
+        """Whether the very version is here; raises BadInput where something else bears its name or number."""
+        version = record.version
+        self._follow(index, version.name.partition("/")[0])
+        clash = index.clash(version.name)
+        if clash is not None:
+            raise BadInput(f"{version.name} differs from {clash} in {self.location} by case only")
+        here = self.records.numbers(version.name).get(version.version)
+        if here is None:
+            published = index.versions(version.name)
+            if published and published[-1].kind != version.kind:
+                kind = _one(published[-1].kind)
+                raise BadInput(f"{version.name} is the name of {kind} in {self.location}, not of {_one(version.kind)}")
+            return False
+        if here:
+            raise BadInput(f"{version.ref} was removed from {self.location}; its number is not given out again")
+        if self.records.read(version.name, version.version).version.digest != version.digest:
+            raise BadInput(
+                f"{version.ref} has another content in {self.location}",
+                hint="pull it, and publish it there as the next version",
+            )
+        return True
+
+    def take_over(self, signatures: SignatureList) -> None:
+        """Adds the signatures that a version has in another registry; raises NotFound where the version is not here."""
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, Ref(signatures.name, signatures.version))
+            self._sign(version, signatures)
+
+    def fetch(self, record: Record, files: Sequence[StoredFile] | None = None, progress: Progress = SILENT) -> None:
+        """Sees to it that files of a version (None: all) are among the blobs. In a folder they always are."""
 
     def tag(self, ref: str, tag: str) -> Version:
         """Moves a tag to a version and returns that version; raises NotFound where there is none such."""
@@ -226,16 +290,22 @@ class Registry:
         """
         with disk_errors(self.folder), self._open() as index, index.writing():
             version = self._resolve(index, parse_ref(ref))
-            known = self.records.read_signatures(version.name, version.version)
-            made = SignatureList(version.name, version.version, (key.sign(self._read(version)),))
-            merged = known.merged(made)
-            if merged.signatures != known.signatures:
-                self._write(DocumentName(version.name, "signatures", version.version), merged.to_bytes())
+            self._sign(version, SignatureList(version.name, version.version, (key.sign(self._read(version)),)))
         return version
+
+    def _sign(self, version: Version, more: SignatureList) -> None:
+        known = self.records.read_signatures(version.name, version.version)
+        merged = known.merged(more)
+        if merged.signatures != known.signatures:
+            self._write(DocumentName(version.name, "signatures", version.version), merged.to_bytes())
 
     def _write(self, document: DocumentName, data: bytes) -> None:
         """Creates or replaces a document that is no record. Inside the writing transaction."""
         self.records.replace(document, data)
+
+    def _withdraw(self, version: Version) -> None:
+        """Marks a version as removed. Inside the writing transaction."""
+        self.records.remove(version.name, version.version)
 
     def _check_uses(self, index: Index, intake: Intake) -> tuple[str, ...]:
         """The skills of a mixture's experts; raises where one is not here or is not what the mixture says."""
@@ -277,7 +347,7 @@ class Registry:
                     hint="remove that mixture first, or use --force",
                 )
             for version in gone:
-                self.records.remove(version.name, version.version)
+                self._withdraw(version)
                 index.mark_removed(version.name, version.version)
             for tag in index.tags(wanted.name):
                 if tag.version is not None and f"{tag.name}@{tag.version}" in refs:
@@ -322,7 +392,7 @@ class Registry:
             name, number = lost[0]
             raise Corrupt(
                 f"the record of {name}@{number} is missing, so its files are unknown",
-                where=str(self.folder),
+                where=self.location,
                 hint="bring it back with `xpert registry rebuild`, or `xpert registry remove` that version",
             )
 
@@ -362,6 +432,12 @@ class Registry:
                 Entry(latest, numbers, {**tags.get(latest.name, {}), LATEST: latest.version})
                 for latest, numbers in index.entries()
             ]
+
+    def numbers(self, name: str) -> Sequence[int]:
+        """The numbers of all versions of a name; raises NotFound for one that is not published."""
+        with self._open() as index:
+            self._resolve(index, Ref(check_name(name)))
+            return [version.version for version in index.versions(name)]
 
     def tags(self, name: str) -> Mapping[str, int]:
         """Tag -> version number; `latest` is always among them. Raises NotFound for a name that is not published."""
@@ -488,6 +564,10 @@ class Registry:
     def _only_drafts(self) -> bool:
         return self.folder.is_dir() and all(path.name.startswith(f".{MARK}.draft-") for path in self.folder.iterdir())
 
+    def _opened(self) -> AbstractContextManager[Index]:
+        """The index after `_make`, which has brought everything up to date."""
+        return self._open()
+
     @contextmanager
     def _open(self) -> Iterator[Index]:
         """The index, brought up to date with the records."""
@@ -589,7 +669,7 @@ class Registry:
         if not versions:
             close = nearest(ref.name, index.names())
             hint = f"did you mean {close!r}?" if close else "`xpert registry list` shows what there is"
-            raise NotFound(f"nothing is published as {ref.name!r}", where=str(self.folder), hint=hint)
+            raise NotFound(f"nothing is published as {ref.name!r}", where=self.location, hint=hint)
         wanted = ref.version
         if wanted is None and ref.tag in (None, LATEST):
             wanted = index.latest(ref.name)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from xpert.commands.options import common_options
+from xpert.commands.options import Session, common_options
 from xpert.printable import printable
 from xpert.registry.card import Interval
 from xpert.registry.opening import open_registry
-from xpert.registry.store import Version
+from xpert.registry.store import Registry, Version
 
 __all__ = ["interval", "numbers_shown", "passphrase_option", "registry_options", "size_shown", "skills_shown", "table"]
 
 
 def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--registry besides the common options; the function receives the open `registry`."""
+
+    @functools.wraps(function)
+    def told(session: Session, registry: Registry, **options: Any) -> Any:
+        if registry.notice is not None:
+            session.progress.say(registry.notice)
+        return function(session=session, registry=registry, **options)
+
     return click.option(
         "--registry",
         callback=lambda context, parameter, value: open_registry(value),
         metavar="URL",
-        help="A folder or file:// URL.  [default: $XPERT_REGISTRY, or the user's data folder]",
-    )(common_options(function))
+        help="A folder, or a URL such as s3://BUCKET/FOLDER.  [default: $XPERT_REGISTRY, or the user's data folder]",
+    )(common_options(told))
 
 
 def passphrase_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

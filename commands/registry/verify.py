@@ -24,7 +24,7 @@ def command(session: Session, registry: Registry) -> None:
     found = registry.verify(session.progress)
     refused = registry.refused()
     value = {
-        "registry": str(registry.folder),
+        "registry": registry.location,
         "sound": not found,
         "problems": [dataclasses.asdict(problem) for problem in found],
         "refused": [dataclasses.asdict(problem) for problem in refused],
@@ -35,4 +35,4 @@ def command(session: Session, registry: Registry) -> None:
     session.result(value, "\n".join(lines))
     if found:
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        raise Corrupt(count, where=str(registry.folder), hint="publish damaged experts again from their folders")
+        raise Corrupt(count, where=registry.location, hint="publish damaged experts again from their folders")

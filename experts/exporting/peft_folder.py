@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput
 from xpert.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, read_updates
+from xpert.experts.bare_base import on_hub
 from xpert.model_files import find_model
 from xpert.progress import SILENT, Progress
 from xpert.registry.card import CARD_FILE
@@ -37,7 +39,7 @@ def write_peft(
         else:
             _write_as(dtype, source.folder / WEIGHTS_FILE, draft / WEIGHTS_FILE)
         config = read_json(source.folder / CONFIG_FILE)
-        config["base_model_name_or_path"], config["revision"] = _base(source, base)
+        config["base_model_name_or_path"], config["revision"] = _base(source, base, config)
         config["inference_mode"] = True
         write_json(draft / CONFIG_FILE, config)
         card = source.folder / MODEL_CARD
@@ -46,9 +48,11 @@ def write_peft(
         size = sum(path.stat().st_size for path in draft.iterdir())
     named = config["base_model_name_or_path"]
     if named is None:
-        progress.say("The adapter does not say which base it is for: peft is told by hand, or give --base MODEL.")
+        progress.say(
+            "The base is not named, since peft loads none by the name known here; give --base MODEL to name one."
+        )
     elif Path(named).exists():
-        progress.say(f"The base is written as the path {named}, which is that of this machine.")
+        progress.say(f"The base is named by its path, {named}, which is that of this machine.")
     left = sorted(
         path.name
         for path in source.folder.iterdir()
@@ -57,16 +61,24 @@ def write_peft(
     return {"bytes": size, "modules": len(updates), "dtype": dtype or "as it is", "base": named, "left_out": left}
 
 
-def _base(source: Source, given: str | None) -> tuple[str | None, str | None]:
-    """(name or path, revision) of the base for peft, which loads no GGUF file."""
-    if given is None:
-        named, revision = source.named_base
-        return (str(Path(named).resolve()), None) if named and Path(named).is_dir() else (named, revision)
-    files = find_model(given)
-    if files.gguf:
-        raise BadInput("is a GGUF file, which peft does not load", where=given, hint="give a folder or a hub name")
-    name, _, revision = given.partition("@")
-    return (name, revision or None) if files.on_hub else (str(files.folder.resolve()), None)
+def _base(source: Source, given: str | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(name or path, revision) of the base for peft, which loads no GGUF file.
+
+    Without a given one: what the adapter itself names if that is on the hub, else what the card says.
+    """
+    if given is not None:
+        files = find_model(given)
+        if files.gguf:
+            raise BadInput("is a GGUF file, which peft does not load", where=given, hint="give a folder or a hub name")
+        name, _, revision = given.partition("@")
+        return (name, revision or None) if files.on_hub else (str(files.folder.resolve()), None)
+    own = config.get("base_model_name_or_path")
+    if on_hub(own):
+        return str(own), config.get("revision")
+    told, told_revision = source.named_base
+    if told and Path(told).is_dir():
+        return str(Path(told).resolve()), None
+    return (told, told_revision) if on_hub(told) else (None, None)
 
 
 def _write_as(dtype: str, source: Path, target: Path) -> None:

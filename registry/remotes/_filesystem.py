@@ -76,8 +76,13 @@ class Filesystem:
 
         def ask() -> dict[str, Info]:
             fs.invalidate_cache()
-            found = fs.find(start, detail=True)
-            return {name.lstrip("/")[len(bare) - len(folder) :].lstrip("/"): info for name, info in found.items()}
+            found = {name.lstrip("/"): info for name, info in fs.find(start, detail=True).items()}
+            # s3fs tells of the folder itself where the first object in it appears while it looks.
+            return {
+                name[len(bare) - len(folder) :].lstrip("/"): info
+                for name, info in found.items()
+                if info.get("type") == "file" and name != bare
+            }
 
         found: dict[str, Info] = self._try(ask, missing={})
         return found
@@ -138,7 +143,7 @@ class Filesystem:
                 self.put(name, data)
         except FileExistsError:
             if not self._holds(name, data):
-                raise
+                raise FileExistsError(name) from None
 
     def replace(self, name: str, data: bytes, mark: str) -> None:
         """Replaces an object; raises FileExistsError where it is no longer the one that had this mark."""

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from xpert.errors import BadInput, NotFound, Unavailable, XpertError
+from xpert.registry.remotes._hub_errors import passing, status_of, translated
 from xpert.registry.remotes._hub_layout import Entry, Head
 from xpert.registry.remotes._transfer import Told, in_parallel
 
-__all__ = ["LARGE", "WAITS", "HubClient", "Moved", "Stretch", "endpoint_shown", "passing"]
+__all__ = ["LARGE", "WAITS", "HubClient", "Moved", "Stretch", "endpoint_shown"]
 
 T = TypeVar("T")
 WAITS = (0.5, 1.0, 2.0, 4.0)
@@ -25,8 +26,6 @@ WAITS = (0.5, 1.0, 2.0, 4.0)
 LARGE = 1 << 20
 """Bytes from which a file travels ahead of its commit, on a thread of its own."""
 TIMEOUT = 60.0
-_PASSING = (408, 429, 500, 502, 503, 504)
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class Moved(Exception):
@@ -68,10 +67,10 @@ class HubClient:
         except (XpertError, FileExistsError, Moved):
             raise
         except Exception as error:
-            translated = _translated(error, where or self.where)
-            if translated is None:
+            ours = translated(error, where or self.where)
+            if ours is None:
                 raise
-            raise translated from None
+            raise ours from None
 
     def ask(self, call: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         """`call` with what passes tried again; for calls that may be made twice."""
@@ -115,6 +114,7 @@ class HubClient:
             commits = self.api.list_repo_commits(repository)
         return next((str(commit.commit_id) for commit in commits if commit.title == title), None)
 
+    @cached_property
     def namespaces(self) -> list[str]:
         """The user's own name and those of their organizations; none where nobody is logged in."""
         from huggingface_hub import get_token
@@ -164,7 +164,7 @@ class HubClient:
                     repository, list(operations), commit_message=title, parent_commit=parent, num_threads=8
                 )
             except Exception as error:
-                if _status(error) in (409, 412):
+                if status_of(error) in (409, 412):
                     raise Moved from None
                 raise
         return str(made.oid)
@@ -272,81 +272,3 @@ def _utils() -> Any:
     from huggingface_hub import utils
 
     return utils
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an answer that the client raised as an error."""
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
-
-
-def passing(error: BaseException) -> bool:
-    """Whether the same request may do better in a moment: no connection, or a server in trouble."""
-    from huggingface_hub import errors
-
-    cause = error.__cause__
-    if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how the client tells of a failed upload
-        return passing(cause)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return False
-    status = _status(error)
-    if isinstance(error, errors.HfHubHTTPError):
-        return status in _PASSING
-    # The root of the errors of the library below, whichever of its generations the client uses.
-    root: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009
-    return isinstance(error, root)
-
-
-def _translated(error: BaseException, where: str) -> Exception | None:
-    """One of our errors for one of the client's; None for what is a defect."""
-    from huggingface_hub import errors
-
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return _translated(error.__cause__, where)
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return BadInput("the Hub asks who you are", where=where, hint=_LOG_IN)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return Unavailable("the Hub's client is set to stay offline", where=where, hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, errors.HFValidationError):
-        return BadInput("the Hub allows no repository of that name", where=where, hint="choose another name")
-    if isinstance(error, errors.GatedRepoError):
-        return BadInput("its owner asks for consent", where=where, hint=f"accept its terms on the Hub, and {_LOG_IN}")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _refusal(error, where)
-    if isinstance(error, ValueError) and "metadata" in str(error):
-        line = str(error).splitlines()[-1].lstrip("- ")
-        return BadInput(f"the Hub refuses the metadata of README.md: {line}", where=where, hint="correct README.md")
-    if passing(error):
-        return Unavailable(
-            f"the Hub cannot be reached ({type(error).__name__})", where=where, hint="look after your connection"
-        )
-    return None
-
-
-def _refusal(error: Any, where: str) -> Exception:
-    from huggingface_hub import errors
-
-    status, said = _status(error), str(getattr(error, "server_message", None) or "").splitlines()
-    if status == 401 and said[:1] == ["Invalid credentials in Authorization header"]:
-        return BadInput("the Hub does not know your token", where=where, hint=_LOG_IN)
-    if status == 401:
-        return BadInput("there is nothing there, or it is private and you are not logged in", where=where, hint=_LOG_IN)
-    if status == 403:
-        return BadInput(
-            f"your token may not do this{_said(said)}",
-            where=where,
-            hint="use a token with write access to the namespace",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return NotFound("there is no such repository, or your token does not see it", where=where)
-    if status == 404:
-        return NotFound("there is no such file or revision", where=where)
-    if status == 429:
-        return Unavailable("the Hub asks to come back later (429)", where=where, hint="wait some minutes")
-    if status is not None and status >= 500:
-        return Unavailable(f"the Hub is in trouble ({status})", where=where, hint="try again later")
-    return BadInput(f"the Hub refuses it ({status}){_said(said)}", where=where)
-
-
-def _said(lines: Sequence[str]) -> str:
-    return f": {lines[0][:200]}" if lines else ""

@@ -10,6 +10,7 @@ A commit per version, with the git tag `v3`; the other tags of the registry are 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -161,7 +162,7 @@ def plain_card(record: Record) -> bytes:
         lines.append(f"base_model: {json.dumps(version.base)}")
     lines += ["---", "", f"# {version.name}", ""]
     if version.description:
-        lines += [version.description, ""]
+        lines += [html.escape(" ".join(version.description.split()), quote=False), ""]
     if version.uses:
         lines += ["A mixture of these experts:", "", *(f"- {ref}" for ref in version.uses), ""]
     lines += [f"Version {version.version}, published with xpert.", ""]

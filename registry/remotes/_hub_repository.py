@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xpert.errors import Corrupt, NotFound, Unavailable
+from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
 from xpert.registry.documents import MOST_BYTES, DocumentName, Tag, parse_document, read_checked
 from xpert.registry.remotes._hub_client import WAITS, HubClient, Moved
 from xpert.registry.remotes._hub_layout import CARD, Head, document_path, faults, git_oid, git_tag, plain_card, title_of
 from xpert.registry.remotes._transfer import Told
 from xpert.registry.versions import Record
 
-__all__ = ["HubRepository"]
+__all__ = ["WORKERS", "Found", "HubRepository"]
 
 WORKERS = 8
 _MOST_TRIES = 20  # so often may others be faster
+
+
+@dataclass(frozen=True)
+class Found:
+    """The commit of a version, what is wrong with its files by the listing, and where the version's git tag points."""
+
+    head: Head
+    wrong: Mapping[str, str]
+    tagged: str | None
 
 
 class HubRepository:
@@ -36,54 +46,52 @@ class HubRepository:
 
     def publish(
         self, record: Record, data: bytes, files: Mapping[str, Path], told: Told, *, private: bool | None
-    ) -> Head:
+    ) -> None:
         """A version's files and document in one commit, then its git tag. Raises FileExistsError for a taken number.
 
         `files` are where the record's files lie here, by their paths in the version.
         """
         document = record.document
-        tried = False
 
         def plan(head: Head) -> list[Any] | None:
-            nonlocal tried
             head.check_is_for(document.name)
             present = head.documents.get(str(document))
-            if present is not None and tried and present == git_oid(data):
+            if present == git_oid(data):
                 return None  # our own commit, whose answer was lost
             if present is not None or str(_removal(document)) in head.documents:
                 raise FileExistsError(str(document))
-            tried = True
             return self._version(head, record, data, files)
 
-        head = self._change(plan, title_of(record.version.ref), told=told, private=private, create=True)
-        self._check(head, record, files)
-        published = {f"v{document.version}": head.commit}
+        head, made = self._change(plan, title_of(record.version.ref), told=told, private=private, create=True)
+        published = {}
+        if made:
+            self._check(head, record, files)
+            published[f"v{document.version}"] = head.commit
         if head.numbers()[-1] != document.version:
             title = f"Show {document.name}@{head.numbers()[-1]} again"
-            head = self._change(lambda head: self._newest_on_top(head, record), title)
+            head, _ = self._change(lambda head: self._newest_on_top(head, record), title)
         self._align_tags(head, published)
-        return head
 
-    def commit_of(self, record: Record) -> tuple[str, dict[str, str]]:
-        """The commit that holds a version, and what is wrong with its files there by its listing.
+    def find(self, record: Record) -> Found:
+        """The commit that holds a version; raises NotFound where there is none.
 
         That is where its git tag points; or, where that is something else, the commit that published it.
         """
-        version, tags = record.version, self.client.tags(self.name)
-        tagged = tags.get(f"v{version.version}")
-        wrong: dict[str, str] = {}
-        if tagged is not None:
-            wrong = faults(record.files, self.client.tree(self.name, tagged).files)
-            if not wrong:
-                return tagged, {}
-        titled = self.client.titled(self.name, title_of(version.ref))
-        if titled is not None:
-            wrong_there = faults(record.files, self.client.tree(self.name, titled).files)
-            if tagged is None or not wrong_there:
-                return titled, wrong_there
-        if tagged is None:
+        version = record.version
+        tagged = self.client.tags(self.name).get(f"v{version.version}")
+        found = None if tagged is None else self._found(record, tagged, tagged)
+        if found is None or found.wrong:
+            titled = self.client.titled(self.name, title_of(version.ref))
+            other = None if titled is None else self._found(record, titled, tagged)
+            if other is not None and (found is None or not other.wrong):
+                return other
+        if found is None:
             raise NotFound("the repository has no commit of this version", where=f"{self.name}: {version.ref}")
-        return tagged, wrong
+        return found
+
+    def _found(self, record: Record, commit: str, tagged: str | None) -> Found:
+        head = self.client.tree(self.name, commit)
+        return Found(head, faults(record.files, head.files), tagged)
 
     def _version(self, head: Head, record: Record, data: bytes, files: Mapping[str, Path]) -> list[Any]:
         """What turns `head` into a commit that shows the version: its files, its document, nothing left over."""
@@ -104,20 +112,24 @@ class HubRepository:
         return [CommitOperationDelete(path, is_folder=False) for path in sorted(gone & set(head.files))]
 
     def _record_on_top(self, head: Head) -> Record | None:
-        """The record of the newest version, whose files `main` shows."""
+        """The record of the newest version, whose files `main` shows; None where there is none."""
         numbers = head.numbers()
         if not numbers:
             return None
         (name,) = head.names
         return self._record(head, DocumentName(name, "record", numbers[-1]))
 
-    def _record(self, head: Head, document: DocumentName) -> Record:
+    def _record(self, head: Head, document: DocumentName) -> Record | None:
+        """A version's record; None for a damaged one, which must not hinder changes. `verify` tells of it."""
         data = self.client.small(self.name, head.commit, document_path(str(document)), MOST_BYTES)
-        return Record.from_bytes(data, where=f"{self.name}: {document}")
+        try:
+            return Record.from_bytes(data, where=f"{self.name}: {document}")
+        except BadInput:
+            return None
 
     def _check(self, head: Head, record: Record, files: Mapping[str, Path]) -> None:
         """Compares what the Hub says it holds with what was sent."""
-        tree = self.client.tree(self.name, head.commit).files
+        tree = head.files
         wrong = faults(record.files, tree)
         for path, source in files.items():
             if path not in wrong and tree[path].sha256 is None and tree[path].oid != git_oid(source.read_bytes()):
@@ -132,30 +144,25 @@ class HubRepository:
 
     # ── other documents ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, document: DocumentName, data: bytes, mark: str | None) -> Head:
+    def put(self, document: DocumentName, data: bytes, mark: str | None, *, private: bool | None) -> None:
         """Creates or replaces a document that is no record; raises FileExistsError where it is not as `mark` says."""
-        tried = False
 
         def plan(head: Head) -> list[Any] | None:
-            nonlocal tried
             from huggingface_hub import CommitOperationAdd
 
             head.check_is_for(document.name)
             present = head.documents.get(str(document))
-            if tried and present == git_oid(data):
+            if present == git_oid(data):
                 return None  # our own commit, whose answer was lost
             if present != mark:
                 raise FileExistsError(str(document))
-            tried = True
             operations: list[Any] = [CommitOperationAdd(document_path(str(document)), data)]
             if document.kind == "removed":
                 operations += self._without(head, document)
             return operations
 
-        head = self._change(plan, _verb(document))
-        moved = Tag.from_dict(read_checked(data, where=str(document)), where=str(document)) if document.tag else None
-        self._align_tags(head, {}, moved)
-        return head
+        head, _ = self._change(plan, _verb(document), private=private, create=mark is None)
+        self._align_tags(head, {}, _tag(document, data))
 
     def _without(self, head: Head, removal: DocumentName) -> list[Any]:
         """The operations that end a version: its documents go, and `main` shows the newest of those that stay."""
@@ -173,10 +180,10 @@ class HubRepository:
             return operations
         gone = self._record(head, ended)
         if len(numbers) == 1:
-            return operations + self._deletions(head, gone, set())
-        return operations + self._shown(
-            head, self._record(head, DocumentName(removal.name, "record", numbers[-2])), gone
-        )
+            operations += self._deletions(head, gone, set())
+            return operations + [CommitOperationDelete(CARD, is_folder=False)] * (CARD in head.files)
+        below = self._record(head, DocumentName(removal.name, "record", numbers[-2]))
+        return operations + ([] if below is None else self._shown(head, below, gone))
 
     def _newest_on_top(self, head: Head, over: Record) -> list[Any] | None:
         """What brings the newest version's files back to the top after those of an older number were put there."""
@@ -187,13 +194,13 @@ class HubRepository:
         """The operations that make `main` show an earlier version's files again; large ones are copied there."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-        commit, _ = self.commit_of(record)
-        there = self.client.tree(self.name, commit).files
+        found = self.find(record)
+        there = found.head.files
         paths = {file.path for file in record.files} & set(there)
         operations = self._deletions(head, gone, paths)
         for path in sorted(paths):
             if head.files.get(path) != there[path]:
-                operations.append(CommitOperationCopy(path, path, src_revision=commit))
+                operations.append(CommitOperationCopy(path, path, src_revision=found.head.commit))
         if CARD not in paths:
             operations.append(CommitOperationAdd(CARD, plain_card(record)))
         return operations
@@ -208,22 +215,23 @@ class HubRepository:
         told: Told | None = None,
         private: bool | None = None,
         create: bool = False,
-    ) -> Head:
-        """Commits what `plan` makes of the newest commit, as often as somebody else is faster; the commit made.
+    ) -> tuple[Head, bool]:
+        """Commits what `plan` makes of the newest commit, and again as often as somebody else is faster.
 
-        Where `plan` gives None there is nothing to do. Where an answer is lost, one looks whether it was done.
+        The commit made, and True; or the newest one and False, where `plan` gives None since there is nothing to do: so
+        also where the answer to a commit was lost, since it is looked whether it was done.
         """
         waits = list(WAITS)
         for _ in range(_MOST_TRIES):
             head = self._look(create=create, private=private)
             operations = plan(head)
             if operations is None:
-                return head
+                return head, False
             try:
                 self._upload(operations, told)
                 told = None
                 commit = self.client.commit(self.name, operations, title, head.commit)
-                return self.client.tree(self.name, commit)
+                return self.client.tree(self.name, commit), True
             except Moved:
                 time.sleep(WAITS[0] / 10)
             except Unavailable:
@@ -275,6 +283,14 @@ class HubRepository:
 
 def _removal(document: DocumentName) -> DocumentName:
     return DocumentName(document.name, "removed", document.version)
+
+
+def _tag(document: DocumentName, data: bytes) -> Tag | None:
+    """Where a document moves a tag to; None for other documents, and for damaged ones, of which their readers tell."""
+    try:
+        return Tag.from_dict(read_checked(data, where=str(document)), where=str(document)) if document.tag else None
+    except BadInput:
+        return None
 
 
 def _verb(document: DocumentName) -> str:

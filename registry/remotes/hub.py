@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class Hub:
     """
 
     schemes: ClassVar[tuple[str, ...]] = ("hf",)
-    cost = "sync: 1 request per 1,000 repositories and 1 per repository that changed; publish: 10 to 15 requests"
+    cost = "sync: 1 request per 1,000 repositories, 1 per repository that changed, 1 per new document; publish: some 20"
     source = "huggingface_hub, https://huggingface.co/docs/huggingface_hub"
 
     def __init__(self, url: str) -> None:
@@ -59,9 +58,7 @@ class Hub:
         endpoint = endpoint_shown()
         self.location = f"hf://{self.namespace}{f'?endpoint={endpoint}' if endpoint else ''}"
         self.client = HubClient(self.location)
-        self._heads: dict[str, str] = {}  # repository -> the commit that was last seen
         self._changed: set[str] = set()  # repositories changed from here, which the Hub's listing may not tell yet
-        self._lock = threading.Lock()
 
     # ── documents ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -87,7 +84,6 @@ class Hub:
         in_parallel(look, heads, WORKERS)
         if found != known:
             write_json(memory, found)
-        self._heads = {repository: entry["commit"] for repository, entry in found.items()}
         return {
             document: mark
             for repository, entry in found.items()
@@ -97,9 +93,8 @@ class Hub:
 
     def read(self, document: str) -> bytes:
         repository = self._repository(parse_document(document).name)
-        commit = self._heads.get(repository, "main")
         try:
-            return self.client.small(repository, commit, document_path(document), MOST_BYTES)
+            return self.client.small(repository, "main", document_path(document), MOST_BYTES)
         except NotFound:
             raise NotFound(f"there is no {document}", where=self.location) from None
 
@@ -107,10 +102,9 @@ class Hub:
         name = parse_document(document)
         repository = self._repository(name.name)
         try:
-            head = HubRepository(self.client, repository).put(name, data, mark)
+            HubRepository(self.client, repository).put(name, data, mark, private=self.private)
         finally:
             self._changed.add(repository)
-        self._heads[repository] = head.commit
 
     def _repositories(self) -> dict[str, str]:
         """Repository -> its newest commit, for those that may hold documents."""
@@ -136,7 +130,7 @@ class Hub:
             return
         # A stranger's repository that asks for consent would stop everybody who has not given it.
         yield from (model for model in self.client.api.list_models(filter=TAG, expand=expand) if not model.gated)
-        for namespace in self.client.namespaces():
+        for namespace in self.client.namespaces:
             yield from self.client.api.list_models(author=namespace, expand=expand)
 
     def _repository(self, name: str) -> str:
@@ -150,10 +144,9 @@ class Hub:
         with ExitStack() as drafts, telling(progress, f"sending {record.version.ref}", total) as told:
             files = {file.path: _whole(file, blobs, drafts, record.version.ref) for file in record.files}
             try:
-                head = HubRepository(self.client, repository).publish(record, data, files, told, private=self.private)
+                HubRepository(self.client, repository).publish(record, data, files, told, private=self.private)
             finally:
                 self._changed.add(repository)
-        self._heads[repository] = head.commit
 
     def fetch(self, record: Record, files: Sequence[StoredFile], blobs: BlobStore, progress: Progress = SILENT) -> None:
         """See `Remote`. Of a file that is partly here, the parts that are missing travel."""
@@ -162,17 +155,19 @@ class Hub:
             return
         ref = record.version.ref
         repository = self._repository(record.version.name)
-        commit, wrong = HubRepository(self.client, repository).commit_of(record)
+        found = HubRepository(self.client, repository).find(record)
         for stretch in stretches:
-            if stretch.path in wrong:
-                raise Corrupt(wrong[stretch.path], where=f"{repository}: {ref}: {stretch.path}", hint=_REMEDY)
+            if stretch.path in found.wrong:
+                raise Corrupt(
+                    f"{found.wrong[stretch.path]} in {repository}", where=f"{ref}: {stretch.path}", hint=_REMEDY
+                )
         total = sum(part.size for stretch in stretches for part in stretch.parts)
         with telling(progress, f"fetching {ref}", total) as told:
 
             def bring(stretch: _Stretch) -> None:
-                stream = Stretch(self.client, repository, commit, stretch.path)
+                stream = Stretch(self.client, repository, found.head.commit, stretch.path)
                 start = stretch.start
-                what = f"{repository}: {ref}: {stretch.path}"
+                what = f"{ref}: {stretch.path}"
                 try:
                     for part in stretch.parts:
 
@@ -218,20 +213,18 @@ class Hub:
         try:
             if Record.from_bytes(self.read(str(document)), where=repository) != record:
                 yield Problem(ref, f"{repository} has another record of it")
-            commit, wrong = HubRepository(self.client, repository).commit_of(record)
+            found = HubRepository(self.client, repository).find(record)
         except XpertError as error:
             yield Problem(ref, error.what)
             return
-        for path, what in sorted(wrong.items()):
+        for path, what in sorted(found.wrong.items()):
             yield Problem(f"{ref}: {path}", f"{what} in {repository}")
-        tagged = self.client.tags(repository).get(f"v{record.version.version}")
-        if tagged != commit:
-            what = "missing" if tagged is None else "at another commit"
+        if found.tagged != found.head.commit:
+            what = "missing" if found.tagged is None else "at another commit"
             yield Problem(ref, f"the git tag v{record.version.version} of {repository} is {what}")
-        tree = self.client.tree(repository, commit).files
         for file in record.files:
-            if file.path in tree and tree[file.path].sha256 is None and file.path not in wrong:
-                data = self.client.small(repository, commit, file.path, file.size)
+            if file.path not in found.wrong and found.head.files[file.path].sha256 is None:
+                data = self.client.small(repository, found.head.commit, file.path, file.size)
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     yield Problem(f"{ref}: {file.path}", f"damaged: not what was published, in {repository}")
 

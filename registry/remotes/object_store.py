@@ -81,7 +81,8 @@ class ObjectStore:
         else:
             self.files.replace(f"records/{document}", data, mark)
         if document.endswith(".removed.json"):
-            self.files.remove(f"records/{document.removesuffix('.removed.json')}.json")
+            for ending in (".json", ".signatures.json"):
+                self.files.remove(f"records/{document.removesuffix('.removed.json')}{ending}")
 
     # ── versions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -262,7 +263,8 @@ class ObjectStore:
         except NotFound as error:
             if error.where != self.location or "registry" not in error.what:
                 raise
-        if self.files.find(""):
+        found = self.files.find("")
+        if found and MARK not in found:  # else somebody else has made it since
             raise BadInput("not a registry: it holds other things", where=self.location, hint="choose another folder")
         try:
             self.files.create(MARK, json.dumps({"kind": "registry", "schema": SCHEMA}).encode())

@@ -12,9 +12,11 @@ clients need HF_HUB_DISABLE_XET=1. Faults are laid on by appending to `hub.fault
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +40,8 @@ class Fault:
     """Something that goes wrong with requests whose "METHOD /path" `on` is found in.
 
     `status` answers it; `cut` closes the connection after so many bytes of the body; `forget` does what was asked and
-    closes the connection without a reply; `seconds` delays. Strikes every `every`-th of them, `times` times.
+    closes the connection without a reply; `seconds` delays. Strikes every `every`-th of them after the first `skip`,
+    `times` times.
     """
 
     on: str
@@ -46,6 +49,7 @@ class Fault:
     cut: int | None = None
     forget: bool = False
     seconds: float = 0.0
+    skip: int = 0
     every: int = 1
     times: int = 1_000_000
     seen: int = field(default=0, init=False)
@@ -55,7 +59,7 @@ class Fault:
         if re.search(self.on, line) is None or self.struck >= self.times:
             return False
         self.seen += 1
-        if self.seen % self.every:
+        if self.seen <= self.skip or (self.seen - self.skip) % self.every:
             return False
         self.struck += 1
         return True
@@ -72,6 +76,7 @@ class HubServer:
         self.page = page  # entries a page of listings
         self.part = part  # bytes a part of multi-part uploads; None: always in one
         self.parts: dict[tuple[str, int], bytes] = {}
+        self.connections: set[socket.socket] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
@@ -85,6 +90,9 @@ class HubServer:
     def __exit__(self, *exception: object) -> None:
         self._http.shutdown()
         self._http.server_close()
+        for connection in list(self.connections):  # clients keep them open for their next request
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
     def add_account(
@@ -123,7 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.connection.setsockopt(6, 1, 1)  # TCP_NODELAY: small answers must not wait for one another
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small answers need not wait
+        self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.hub.connections.discard(self.connection)
+        super().finish()
 
     # ── the way of a request ─────────────────────────────────────────────────────────────────────────────────────
 

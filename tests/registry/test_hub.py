@@ -7,15 +7,32 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 
 from tests.registry.hub_server import Fault, HubServer
+from tests.registry.places import Place
+from tests.registry.test_remotes import (
+    test_a_number_is_given_out_once as test_a_number_is_given_out_once,
+)
+from tests.registry.test_remotes import (
+    test_a_place_without_a_registry as test_a_place_without_a_registry,
+)
+from tests.registry.test_remotes import (
+    test_a_removed_version_keeps_its_number as test_a_removed_version_keeps_its_number,
+)
+from tests.registry.test_remotes import (
+    test_documents_are_replaced_under_a_condition as test_documents_are_replaced_under_a_condition,
+)
+from tests.registry.test_remotes import test_what_is_pushed_comes_back as test_what_is_pushed_comes_back
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.registry.blobs import BlobStore, Drafts
+from xpert.registry.card import BaseModel, ExpertCard
 from xpert.registry.documents import Tag, document_bytes, removal
+from xpert.registry.model_card import model_card
 from xpert.registry.remotes import _hub_client
 from xpert.registry.remotes.hub import Hub
 from xpert.registry.versions import Part, Record, StoredFile, Version, content_digest
@@ -42,6 +59,18 @@ def hub(online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 @pytest.fixture
 def api(hub: HubServer) -> HfApi:
     return HfApi(endpoint=hub.url)
+
+
+@pytest.fixture
+def place(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """For the tests that every place passes."""
+    hub.add_account("acme", token="hf_acme")
+    monkeypatch.setenv("HF_TOKEN", "hf_acme")
+    return Place(lambda: Hub("hf://acme"), set, _no_object, _no_object)
+
+
+def _no_object(*given: object) -> NoReturn:
+    raise AssertionError("the Hub has no objects of this layout")
 
 
 @pytest.fixture
@@ -78,7 +107,7 @@ def _version(
     return Record(Version(name, number, kind, content_digest(held), "2026-11-30T00:00:00Z", size), held)
 
 
-def _push(remote: Hub, store: BlobStore, contents: Contents, **settings: object) -> Record:
+def push(remote: Hub, store: BlobStore, contents: Contents, **settings: object) -> Record:
     record = _version(store, contents, **settings)
     remote.push(record, record.to_bytes(), store)
     return record
@@ -104,7 +133,7 @@ def _remove(remote: Hub, number: int) -> None:
 
 def test_a_version_travels_there_and_back(hub: HubServer, store: BlobStore, tmp_path: Path) -> None:
     remote, contents = Hub("hf://"), _contents(1, **{"deep/notes.txt": [b"notes"], "empty.txt": [b""]})
-    record = _push(remote, store, contents)
+    record = push(remote, store, contents)
     others = Hub("hf://")
     assert list(others.listing()) == [f"{NAME}@1.json"]
     assert others.read(f"{NAME}@1.json") == record.to_bytes()
@@ -120,7 +149,7 @@ def test_plain_clients_see_a_model(hub: HubServer, store: BlobStore, api: HfApi,
     """What peft and the Hub's pages read: the expert's files at the top, the newest at `main`, each at its git tag."""
     remote = Hub("hf://")
     for number in (1, 2):
-        _push(remote, store, _contents(number, **{f"only{number}.txt": [b"x"]}), number=number)
+        push(remote, store, _contents(number, **{f"only{number}.txt": [b"x"]}), number=number)
     for revision, number in (("v1", 1), ("v2", 2), ("main", 2)):
         folder = Path(
             huggingface_hub.snapshot_download(NAME, revision=revision, endpoint=hub.url, cache_dir=tmp_path / "hf")
@@ -137,29 +166,35 @@ def test_plain_clients_see_a_model(hub: HubServer, store: BlobStore, api: HfApi,
 def test_a_mixture_gets_a_card(hub: HubServer, store: BlobStore, api: HfApi, tmp_path: Path) -> None:
     contents = {"mixture.json": [b'{"kind": "mixture"}'], "router.safetensors": [b"r" * 50]}
     remote = Hub("hf://lab")
-    record = _push(remote, store, contents, name="alice/mix", kind="mixture")
+    record = push(remote, store, contents, name="alice/mix", kind="mixture")
     assert {"xpert", "xpert-mixture"} <= set(api.model_info("lab/mix").tags)
     back = _store(tmp_path / "other")
     Hub("hf://lab").fetch(record, record.files, back)
     _check(record, back, contents, tmp_path / "out")
     remote.write("alice/mix@1.removed.json", document_bytes(removal("alice/mix", 1)), mark=None)
-    assert set(hub.repository("lab/mix").head.tree) == {
-        ".gitattributes", "README.md", ".xpert/alice/mix@1.removed.json",
-    }  # fmt: skip
+    assert set(hub.repository("lab/mix").head.tree) == {".gitattributes", ".xpert/alice/mix@1.removed.json"}
+
+
+def test_the_model_card_of_an_expert_is_found(hub: HubServer, store: BlobStore, api: HfApi) -> None:
+    """The tag by which `hf://` finds experts stands in the card that training writes."""
+    card = ExpertCard(base=BaseModel("org/base", "f" * 64), adapter={"r": 4}, description="a: b", skills=("dates",))
+    push(Hub("hf://"), store, _contents(1) | {"README.md": [model_card(card, on_hub=True).encode()]})
+    (found,) = api.list_models(filter=["xpert", "base_model:org/base"])
+    assert found.id == NAME and found.library_name == "peft"
 
 
 def test_files_of_others_stay(hub: HubServer, store: BlobStore, api: HfApi) -> None:
     remote = Hub("hf://")
-    _push(remote, store, _contents(1))
+    push(remote, store, _contents(1))
     api.upload_file(repo_id=NAME, path_in_repo="picture.svg", path_or_fileobj=b"<svg/>")
-    _push(remote, store, _contents(2), number=2)
+    push(remote, store, _contents(2), number=2)
     assert hub.content(NAME, "picture.svg") == b"<svg/>"
 
 
 def test_a_namespace_keeps_the_experts_of_many_owners(hub: HubServer, store: BlobStore) -> None:
     remote = Hub("hf://lab")
-    _push(remote, store, _contents(1))
-    _push(remote, store, _contents(2), name="bob/sums")
+    push(remote, store, _contents(1))
+    push(remote, store, _contents(2), name="bob/sums")
     assert set(Hub("hf://lab").listing()) == {f"{NAME}@1.json", "bob/sums@1.json"}
     assert set(hub.state.repositories) == {"lab/dates", "lab/sums"}
     assert Hub("hf://").listing() == {}, "alice/dates is not in the repository of its name"
@@ -170,8 +205,8 @@ def test_a_namespace_keeps_the_experts_of_many_owners(hub: HubServer, store: Blo
 
 def test_only_what_is_missing_travels(hub: HubServer, store: BlobStore, tmp_path: Path) -> None:
     remote = Hub("hf://")
-    first = _push(remote, store, _contents(1))
-    second = _push(remote, store, _contents(2), number=2)
+    first = push(remote, store, _contents(1))
+    second = push(remote, store, _contents(2), number=2)
     back = _store(tmp_path / "other")
     remote.fetch(first, first.files, back)
     hub.requests.clear()
@@ -188,11 +223,11 @@ def test_only_what_is_missing_travels(hub: HubServer, store: BlobStore, tmp_path
 
 def test_a_number_is_given_once(hub: HubServer, store: BlobStore) -> None:
     remote = Hub("hf://")
-    first = _push(remote, store, _contents(1))
-    for contents in (_contents(1), _contents(2)):
-        record = _version(store, contents)
-        with pytest.raises(FileExistsError):
-            Hub("hf://").push(record, record.to_bytes(), store)
+    first = push(remote, store, _contents(1))
+    Hub("hf://").push(first, first.to_bytes(), store)  # the same once more: an answer was lost, say
+    other = _version(store, _contents(2))
+    with pytest.raises(FileExistsError):
+        Hub("hf://").push(other, other.to_bytes(), store)
     assert Hub("hf://").read(f"{NAME}@1.json") == first.to_bytes()
     _remove(remote, 1)
     with pytest.raises(FileExistsError):
@@ -236,8 +271,8 @@ def test_racing_publishers_get_numbers_of_their_own(hub: HubServer, tmp_path: Pa
 def test_an_older_number_does_not_take_the_top(hub: HubServer, store: BlobStore) -> None:
     """As when versions are copied between places: `main` goes on to show the newest."""
     remote = Hub("hf://")
-    third = _push(remote, store, _contents(3, extra=[b"3"]), number=3)
-    first = _push(remote, store, _contents(1, other=[b"1"]), number=1)
+    third = push(remote, store, _contents(3, extra=[b"3"]), number=3)
+    first = push(remote, store, _contents(1, other=[b"1"]), number=1)
     assert hub.content(NAME, "adapter_config.json") == b'{"r": 3}'
     assert "extra" in hub.repository(NAME).head.tree and "other" not in hub.repository(NAME).head.tree
     assert list(remote.problems([first, third])) == []
@@ -258,7 +293,7 @@ def test_an_older_number_does_not_take_the_top(hub: HubServer, store: BlobStore)
 def test_what_fails_in_passing_is_tried_again(hub: HubServer, store: BlobStore, tmp_path: Path, fault: Fault) -> None:
     hub.faults.append(fault)
     remote, contents = Hub("hf://"), _contents(1)
-    record = _push(remote, store, contents)
+    record = push(remote, store, contents)
     assert remote.listing() and remote.read(f"{NAME}@1.json") == record.to_bytes()
     back = _store(tmp_path / "other")
     remote.fetch(record, record.files, back)
@@ -280,6 +315,37 @@ def test_a_publish_that_dies_leaves_nothing_and_goes_on(hub: HubServer, store: B
     assert not any("PUT /lfs/" in line for line in hub.requests), "the weights are there already"
 
 
+@pytest.mark.parametrize("forget", [False, True], ids=["refused", "unanswered"])
+def test_a_change_that_ends_anywhere_is_done_or_not_done(
+    hub: HubServer, store: BlobStore, monkeypatch: pytest.MonkeyPatch, forget: bool
+) -> None:
+    """The connection is lost for good after any number of requests: no half of a version is seen, none is lost."""
+    monkeypatch.setattr(_hub_client, "WAITS", ())
+    monkeypatch.setattr("xpert.registry.remotes._hub_repository.WAITS", (0.0,))
+    kept, number, passed = [push(Hub("hf://"), store, _contents(0))], 2, False
+    for skip in range(40):
+        record = _version(store, _contents(number, **{f"only{number}": [b"x"]}), number=number)
+        hub.faults[:] = [Fault("", status=0 if forget else 500, forget=forget, skip=skip)]
+        try:
+            Hub("hf://").push(record, record.to_bytes(), store)
+            passed = True
+        except (Unavailable, Corrupt):
+            assert not passed, "the more requests are answered, the farther it comes"
+        hub.faults.clear()
+        if f"{NAME}@{number}.json" in Hub("hf://").listing():
+            kept.append(record)
+            number += 1
+        assert set(Hub("hf://").listing()) == {f"{one.version.ref}.json" for one in kept}
+        assert all("git tag" in problem.what for problem in Hub("hf://").problems(kept))
+        if passed:
+            break
+    assert passed and len(kept) > 2
+    final = push(Hub("hf://"), store, _contents(99), number=number)
+    assert list(Hub("hf://").problems([*kept, final])) == []
+    shown = {path for path in hub.repository(NAME).head.tree if not path.startswith((".xpert/", ".git"))}
+    assert shown == set(_contents(99))
+
+
 def test_a_publish_that_dies_before_its_git_tag_is_whole(hub: HubServer, store: BlobStore, tmp_path: Path) -> None:
     remote = Hub("hf://")
     hub.faults.append(Fault("POST .*/tag/", status=500))
@@ -291,7 +357,7 @@ def test_a_publish_that_dies_before_its_git_tag_is_whole(hub: HubServer, store: 
     others.fetch(record, record.files, back)
     _check(record, back, _contents(1), tmp_path / "out")
     assert [problem.what for problem in others.problems([record])] == [f"the git tag v1 of {NAME} is missing"]
-    second = _push(others, store, _contents(2), number=2)
+    second = push(others, store, _contents(2), number=2)
     assert set(hub.repository(NAME).tags) == {"v1", "v2"} and list(others.problems([record, second])) == []
 
 
@@ -301,7 +367,7 @@ def test_a_cut_download_goes_on_where_it_was(
     monkeypatch.setattr("xpert.registry.remotes.hub.PIECE", 1 << 16)
     weights = [bytes(range(256)) * 4096, b"z" * 300_000]  # 1 MiB and 300 kB
     contents = _contents(1) | {"adapter_model.safetensors": weights}
-    record = _push(Hub("hf://"), store, contents)
+    record = push(Hub("hf://"), store, contents)
     back = _store(tmp_path / "other")
     hub.faults.append(Fault("GET /cdn/", cut=400_000))  # as often as it is asked
     monkeypatch.setattr(_hub_client, "WAITS", ())
@@ -319,7 +385,7 @@ def test_a_cut_download_goes_on_where_it_was(
 @pytest.mark.parametrize("path", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_flipped_bit_is_refused(hub: HubServer, store: BlobStore, tmp_path: Path, path: str) -> None:
     remote = Hub("hf://")
-    record = _push(remote, store, _contents(1))
+    record = push(remote, store, _contents(1))
     hub.flip(NAME, path, "v1")
     back = _store(tmp_path / "other")
     with pytest.raises(Corrupt) as caught:
@@ -331,8 +397,8 @@ def test_a_flipped_bit_is_refused(hub: HubServer, store: BlobStore, tmp_path: Pa
 
 def test_a_moved_git_tag_is_found_out(hub: HubServer, store: BlobStore, api: HfApi, tmp_path: Path) -> None:
     remote = Hub("hf://")
-    first = _push(remote, store, _contents(1))
-    _push(remote, store, _contents(2, extra=[b"x"]), number=2)
+    first = push(remote, store, _contents(1))
+    push(remote, store, _contents(2, extra=[b"x"]), number=2)
     repository = hub.repository(NAME)
     repository.tags["v1"] = repository.tags["v2"]
     back = _store(tmp_path / "other")
@@ -343,7 +409,7 @@ def test_a_moved_git_tag_is_found_out(hub: HubServer, store: BlobStore, api: HfA
 
 def test_problems_of_every_kind_are_told(hub: HubServer, store: BlobStore, api: HfApi) -> None:
     remote = Hub("hf://")
-    first = _push(remote, store, _contents(1))
+    first = push(remote, store, _contents(1))
     second = _version(store, _contents(2), number=2)
     api.upload_file(repo_id=NAME, path_in_repo="adapter_model.safetensors", path_or_fileobj=b"other")
     api.delete_file("adapter_config.json", NAME)
@@ -359,13 +425,25 @@ def test_problems_of_every_kind_are_told(hub: HubServer, store: BlobStore, api: 
     }
 
 
+def test_a_damaged_record_hinders_nothing(hub: HubServer, store: BlobStore) -> None:
+    remote = Hub("hf://")
+    records = [push(remote, store, _contents(number), number=number) for number in (1, 2)]
+    hub.flip(NAME, f".xpert/{NAME}@2.json")
+    assert [problem.where for problem in remote.problems(records)] == [f"{NAME}@2"]
+    records.append(push(remote, store, _contents(3), number=3))
+    _remove(remote, 3)
+    _remove(remote, 2)
+    assert list(remote.problems(records[:1])) == []
+    assert hub.content(NAME, "adapter_config.json") == b'{"r": 1}'
+
+
 # ── other documents ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_tags_move_under_a_condition(hub: HubServer, store: BlobStore) -> None:
     remote, document = Hub("hf://"), f"{NAME}@stable.tag.json"
     for number in (1, 2):
-        _push(remote, store, _contents(number), number=number)
+        push(remote, store, _contents(number), number=number)
     tags = hub.repository(NAME).tags
     remote.write(document, _tag(1), mark=None)
     assert tags["stable"] == tags["v1"]
@@ -385,7 +463,7 @@ def test_tags_move_under_a_condition(hub: HubServer, store: BlobStore) -> None:
 def test_tags_that_git_uses_otherwise_stay_documents(hub: HubServer, store: BlobStore, tag: str) -> None:
     remote = Hub("hf://")
     for number in (1, 2):
-        _push(remote, store, _contents(number), number=number)
+        push(remote, store, _contents(number), number=number)
     before = dict(hub.repository(NAME).tags)
     remote.write(f"{NAME}@{tag}.tag.json", _tag(1, tag=tag), mark=None)
     assert hub.repository(NAME).tags == before and f"{NAME}@{tag}.tag.json" in Hub("hf://").listing()
@@ -393,7 +471,7 @@ def test_tags_that_git_uses_otherwise_stay_documents(hub: HubServer, store: Blob
 
 def test_a_lost_answer_to_a_tag_is_no_conflict(hub: HubServer, store: BlobStore) -> None:
     remote = Hub("hf://")
-    _push(remote, store, _contents(1))
+    push(remote, store, _contents(1))
     hub.faults.append(Fault("POST .*/commit/", forget=True, times=1))
     remote.write(f"{NAME}@stable.tag.json", _tag(1), mark=None)
     assert len(hub.repository(NAME).commits) == 3
@@ -402,7 +480,7 @@ def test_a_lost_answer_to_a_tag_is_no_conflict(hub: HubServer, store: BlobStore)
 def test_removing_the_newest_shows_the_one_before(hub: HubServer, store: BlobStore) -> None:
     remote = Hub("hf://")
     records = [
-        _push(remote, store, _contents(number, **{f"only{number}.txt": [b"x"]}), number=number) for number in (1, 2, 3)
+        push(remote, store, _contents(number, **{f"only{number}.txt": [b"x"]}), number=number) for number in (1, 2, 3)
     ]
     remote.write(f"{NAME}@3.signatures.json", b"{}", mark=None)
     _remove(remote, 3)
@@ -416,7 +494,7 @@ def test_removing_the_newest_shows_the_one_before(hub: HubServer, store: BlobSto
     _remove(remote, 1)
     assert hub.content(NAME, "adapter_config.json") == b'{"r": 2}'
     assert list(remote.problems([records[1]])) == [] and list(remote.problems(records)) == []
-    fourth = _push(remote, store, _contents(4), number=4)
+    fourth = push(remote, store, _contents(4), number=4)
     assert "only2.txt" not in repository.head.tree and list(remote.problems([fourth])) == []
     assert remote.sweep(set()) == (0, 0)
 
@@ -428,7 +506,7 @@ def test_listings_turn_pages_and_ask_for_what_changed(hub: HubServer, store: Blo
     hub.page = 2
     remote = Hub("hf://lab")
     for number in range(5):
-        _push(remote, store, _contents(number), name=f"alice/e{number}")
+        push(remote, store, _contents(number), name=f"alice/e{number}")
     HfApi(endpoint=hub.url).create_repo("lab/other")
     everything = {f"alice/e{number}@1.json" for number in range(5)}
     assert set(Hub("hf://lab").listing()) == everything
@@ -436,7 +514,7 @@ def test_listings_turn_pages_and_ask_for_what_changed(hub: HubServer, store: Blo
     assert set(Hub("hf://lab").listing()) == everything
     assert len(hub.requests) == 3, "three pages and nothing else"
     hub.page = 1000
-    _push(remote, store, _contents(9), name="alice/e3", number=2)
+    push(remote, store, _contents(9), name="alice/e3", number=2)
     hub.requests.clear()
     assert set(Hub("hf://lab").listing()) == everything | {"alice/e3@2.json"}
     assert sum("/tree/" in line for line in hub.requests) == 1
@@ -447,18 +525,18 @@ def test_a_listing_that_lags_does_not_hide_ones_own_version(
 ) -> None:
     remote = Hub("hf://lab")
     monkeypatch.setattr(remote.client.api, "list_models", lambda **settings: iter(()))
-    _push(remote, store, _contents(1))
+    push(remote, store, _contents(1))
     assert list(remote.listing()) == [f"{NAME}@1.json"]
 
 
 def test_the_whole_hub_is_what_is_tagged_and_ones_own(
     hub: HubServer, store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _push(Hub("hf://"), store, _contents(1))
-    _push(Hub("hf://"), store, _contents(1) | {"README.md": [b"# no metadata\n"]}, name="lab/plain")
+    push(Hub("hf://"), store, _contents(1))
+    push(Hub("hf://"), store, _contents(1) | {"README.md": [b"# no metadata\n"]}, name="lab/plain")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    _push(Hub("hf://"), store, _contents(2), name="bob/sums")
-    _push(Hub("hf://"), store, _contents(3), name="bob/closed")
+    push(Hub("hf://"), store, _contents(2), name="bob/sums")
+    push(Hub("hf://"), store, _contents(3), name="bob/closed")
     hub.repository("bob/closed").gated = True
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     assert set(Hub("hf://").listing()) == {f"{NAME}@1.json", "bob/sums@1.json", "lab/plain@1.json"}
@@ -467,7 +545,7 @@ def test_the_whole_hub_is_what_is_tagged_and_ones_own(
 
 
 def test_strange_files_among_the_documents_are_passed_over(hub: HubServer, store: BlobStore, api: HfApi) -> None:
-    _push(Hub("hf://"), store, _contents(1))
+    push(Hub("hf://"), store, _contents(1))
     for path in (
         ".xpert/notes.txt",
         ".xpert/alice/../x@1.json",
@@ -479,8 +557,8 @@ def test_strange_files_among_the_documents_are_passed_over(hub: HubServer, store
 
 
 def test_private_repositories(hub: HubServer, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    _push(Hub("hf://lab?private=1"), store, _contents(1))
-    _push(Hub("hf://lab"), store, _contents(1), name="alice/open")
+    push(Hub("hf://lab?private=1"), store, _contents(1))
+    push(Hub("hf://lab"), store, _contents(1), name="alice/open")
     assert hub.repository("lab/dates").private and not hub.repository("lab/open").private
     assert Hub("hf://lab?private=1").location == Hub("hf://lab").location
     assert set(Hub("hf://lab").listing()) == {f"{NAME}@1.json", "alice/open@1.json"}
@@ -525,7 +603,7 @@ Act = Callable[[HubServer, BlobStore], object]
 
 
 def _publish(name: str = NAME) -> Act:
-    return lambda hub, store: _push(Hub("hf://"), store, _contents(1), name=name)
+    return lambda hub, store: push(Hub("hf://"), store, _contents(1), name=name)
 
 
 def _taken(hub: HubServer, store: BlobStore) -> None:
@@ -538,11 +616,11 @@ def _taken(hub: HubServer, store: BlobStore) -> None:
 def _ignoring(hub: HubServer, store: BlobStore) -> None:
     _publish()(hub, store)
     HfApi(endpoint=hub.url).upload_file(repo_id=NAME, path_in_repo=".gitignore", path_or_fileobj=b"*.json")
-    _push(Hub("hf://"), store, _contents(2), number=2)
+    push(Hub("hf://"), store, _contents(2), number=2)
 
 
 def _bad_card(hub: HubServer, store: BlobStore) -> None:
-    _push(Hub("hf://"), store, _contents(1) | {"README.md": [b"---\na: [\n---\n"]})
+    push(Hub("hf://"), store, _contents(1) | {"README.md": [b"---\na: [\n---\n"]})
 
 
 def _gone(hub: HubServer, store: BlobStore) -> None:
@@ -556,7 +634,7 @@ def _busy(hub: HubServer, store: BlobStore) -> None:
 
 
 def _closed(hub: HubServer, store: BlobStore) -> None:
-    record = _push(Hub("hf://"), store, _contents(1))
+    record = push(Hub("hf://"), store, _contents(1))
     hub.repository(NAME).gated = True
     hub.state.accounts["hf_alice"] = hub.state.accounts["hf_bob"]
     Hub("hf://").read(f"{record.version.ref}.json")
@@ -599,14 +677,14 @@ def test_mistakes(
 
 def test_offline_is_said(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(Unavailable, match="offline"):
+    with pytest.raises(Unavailable, match="HF_HUB_OFFLINE is set"):
         Hub("hf://lab").listing()
 
 
 def test_a_document_is_bounded_before_it_is_read(
     hub: HubServer, store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _push(Hub("hf://"), store, _contents(1))
+    push(Hub("hf://"), store, _contents(1))
     monkeypatch.setattr("xpert.registry.remotes.hub.MOST_BYTES", 100)
     with pytest.raises(BadInput, match="more than the 100 bytes"):
         Hub("hf://").read(f"{NAME}@1.json")

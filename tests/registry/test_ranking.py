@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpert.errors import BadInput
@@ -30,6 +30,7 @@ partial = st.dictionaries(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(full)
 def test_borda_is_the_sum_of_n_minus_rank(scores: dict[str, dict[str, float]]) -> None:
     systems = sorted({system for task in scores.values() for system in task})
@@ -43,6 +44,7 @@ def test_borda_is_the_sum_of_n_minus_rank(scores: dict[str, dict[str, float]]) -
     assert list(borda(scores)) == sorted(plain, key=lambda system: (-round(borda(scores)[system], 9), system))
 
 
+@settings(max_examples=60, deadline=None)
 @given(partial, st.permutations(SYSTEMS))
 def test_borda_treats_systems_alike(scores: dict[str, dict[str, float]], other: list[str]) -> None:
     renamed = dict(zip(SYSTEMS, other, strict=True))
@@ -58,6 +60,7 @@ def test_borda_ties_share_their_points_and_gaps_do_not_punish() -> None:
     assert borda({"t": {"a": 1.0}}) == {"a": 0.0}
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5)))
 def test_average_ranks_equal_counting_who_is_above(values: list[int]) -> None:
     task = {f"s{index}": float(value) for index, value in enumerate(values)}
@@ -67,6 +70,7 @@ def test_average_ranks_equal_counting_who_is_above(values: list[int]) -> None:
     assert average_ranks(task) == plain
 
 
+@settings(max_examples=60, deadline=None)
 @given(partial)
 def test_kemeny_equals_trying_every_order(scores: dict[str, dict[str, float]]) -> None:
     systems = sorted({system for task in scores.values() for system in task})
@@ -76,6 +80,7 @@ def test_kemeny_equals_trying_every_order(scores: dict[str, dict[str, float]]) -
     assert found.disagreement == found.bound == disagreement(best, scores)
 
 
+@settings(max_examples=60, deadline=None)
 @given(full)
 def test_a_condorcet_winner_comes_first(scores: dict[str, dict[str, float]]) -> None:
     systems = sorted({system for task in scores.values() for system in task})
@@ -97,6 +102,7 @@ def test_what_cannot_be_ranked() -> None:
     assert borda({}) == {} and kemeny({}).order == () and kemeny({"t": {"a": 1.0}}).order == ("a",)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.none() | st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_ranks_of_many_rows_and_of_long_ones_are_the_same(rows: list[list[int | None]]) -> None:
     array = np.array([[np.nan if v is None else v for v in row] for row in rows])
@@ -157,6 +163,7 @@ def test_ties_do_not_hold_a_large_group_together() -> None:
     assert found.order.index("07") < found.order.index("03") and found.order[0] == "29"
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000))
 def test_moves_are_bounded_by_the_best_order_and_by_borda(seed: int) -> None:
     """With a component allowed two systems only, all that is larger goes by moves."""
@@ -184,6 +191,7 @@ def test_a_large_order_is_no_worse_than_borda_and_repeats_under_its_seed() -> No
     assert kemeny(scores, seed=1) == found
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000))
 def test_no_move_of_a_block_betters_what_was_found(seed: int) -> None:
     rng = np.random.default_rng(seed)

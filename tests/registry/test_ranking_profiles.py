@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpert.errors import BadInput, NotFound
@@ -143,6 +143,7 @@ def test_the_latest_of_one_base_are_ranked(publish: Publish, registry: Registry)
 values = st.fixed_dictionaries({}, optional={o: st.integers(0, 3).map(float) for o in ("score", "size", "rank")})
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(values, max_size=7).filter(lambda rows: all(any(o in r for r in rows) for o in ("score", "size"))))
 def test_the_front_is_what_nobody_beats(rows: list[dict[str, float]]) -> None:
     systems = {f"s{number}": row for number, row in enumerate(rows)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpert.errors import BadInput
@@ -43,6 +43,7 @@ def plain(wins: Any, prior: float) -> Any:
     return np.log(new) - np.log(new).mean()
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_two_systems_have_the_closed_form(won: int, lost: int) -> None:
     found = bradley_terry(contests([[0, won], [lost, 0]]), prior=0)
@@ -52,6 +53,7 @@ def test_two_systems_have_the_closed_form(won: int, lost: int) -> None:
     assert found.contests == won + lost
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.3, 2.0]))
 def test_newton_finds_what_the_slow_way_finds(seed: int, prior: float) -> None:
     rng = np.random.default_rng(seed)
@@ -121,6 +123,7 @@ def test_groups_that_never_met_are_told() -> None:
     assert joined.components == (("a", "b", "c", "d", "e"),) and not joined.warnings
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.none() | st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_a_task_is_one_contest_of_each_two(rows: list[list[int | None]]) -> None:
     scores = {str(t): {"abcd"[s]: float(v) for s, v in enumerate(row) if v is not None} for t, row in enumerate(rows)}

@@ -72,7 +72,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
         2,
         "--tag latest",
     ),
-    "remote": (["list", "--registry", "s3://bucket/x"], 3, "not supported yet"),
+    "unknown place": (["list", "--registry", "gopher://x/y"], 2, "no registries are known"),
     "no registry": (["list", "--registry", "{expert}/none"], 2, "there is no registry"),
     "other folder": (["list", "--registry", "{expert}"], 2, "not a registry folder"),
     "misspelt command": (["publsh"], 2, "publish"),

@@ -141,9 +141,12 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             worker.stdin.flush()
         told = []
         for worker in workers:
-            time.sleep(chance.random() * 0.2)
+            assert worker.stdout is not None
+            # After some words, so that the busiest machine gets somewhere, and then at any moment.
+            words = [worker.stdout.readline() for _ in range(chance.randrange(5))]
+            time.sleep(chance.random() * 0.05)
             worker.send_signal(signal.SIGKILL)
-            told.append(worker.communicate(timeout=60)[0])
+            told.append("".join(words) + worker.communicate(timeout=60)[0])
             assert worker.returncode == -signal.SIGKILL, told
         for text in told:
             for line in text.rpartition("\n")[0].splitlines():

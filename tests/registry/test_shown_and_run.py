@@ -84,10 +84,11 @@ def test_nothing_scripts_the_page(xpert: Run, expert: Maker, tmp_path: Path) -> 
     folder = expert(description=SCRIPT, skills=(SCRIPT,), scores={SCRIPT: 0.5}, base=SCRIPT)
     card = json.loads((folder / "expert.json").read_text())
     card["profile"]["suite"] = SCRIPT
-    card |= {"name": SCRIPT, "created": SCRIPT, "licences": {SCRIPT: 1}}
+    card |= {"name": SCRIPT, "licences": {SCRIPT: 1}}
     card |= {"selection": {"method": SCRIPT, SCRIPT: SCRIPT}, "training": {"options": {SCRIPT: SCRIPT}, SCRIPT: SCRIPT}}
     (folder / "expert.json").write_text(json.dumps(card))
-    assert xpert("registry", "publish", folder, "--name", "acme/a").exit_code == 0
+    published = xpert("registry", "publish", folder, "--name", "acme/a")
+    assert published.exit_code == 0, published.stderr
     made = xpert("registry", "site", "-o", tmp_path / "site")
     assert made.exit_code == 0, made.stderr
     written = [path for path in sorted((tmp_path / "site").rglob("*")) if path.suffix in (".html", ".json", ".js")]
