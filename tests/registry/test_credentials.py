@@ -113,6 +113,10 @@ def test_publishing_refuses_and_never_shows_it(xpert: Run, registry: Registry, e
         "registry", "publish", folder, "--name", "acme/a", "--registry", registry.folder, "--allow-secret-like"
     )
     assert allowed.stdout == "published acme/a@1\n" and secret not in allowed.output
+    copying = ("registry", "copy", "acme/a", "--registry", registry.folder, "--to", registry.folder.with_name("other"))
+    refused = xpert(*copying)
+    assert refused.exit_code == 2 and kind in refused.stderr and secret not in refused.output
+    assert xpert(*copying, "--allow-secret-like").stdout == "copied acme/a@1\n"
 
 
 @pytest.mark.parametrize("place", ["expert.json", "exemplars.jsonl"])
