@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,20 @@ class ProfileLine:
         return f"{100 * min(1.0, max(0.0, value)):.2f}%"
 
 
-def rows_of_profile(scores: Mapping[str, SkillScore]) -> list[ProfileLine]:
-    """The lines of a table of scores, at most 300, those with the most items first where they are more."""
-    kept = sorted(scores, key=lambda name: -scores[name].expert.n)[:MOST_LINES] if len(scores) > MOST_LINES else scores
-    return [ProfileLine(shown(name, 120), scores[name]) for name in kept]
+def rows_of_profile(scores: Mapping[str, SkillScore], first: Sequence[str] = ()) -> list[ProfileLine]:
+    """The lines of a table of scores: those named `first`, then by gain; at most 300, those with the most items."""
+    kept = sorted(scores, key=lambda name: -scores[name].expert.n)[:MOST_LINES]
+    place_of = {name: index for index, name in enumerate(first)}
+
+    def order(name: str) -> tuple[int, float, str]:
+        score = scores[name]
+        return place_of.get(name, len(place_of)), score.base.score - score.expert.score, name
+
+    return [ProfileLine(shown(name, 120), scores[name]) for name in sorted(kept, key=order)]
 
 
 def card_facts(entry: ShownVersion, base_of: Callable[[ShownVersion], str]) -> list[Fact]:
-    """What two experts are compared by, and what the head of a version shows; facts that are not stated are left out."""
+    """What two experts are compared by and a version shows of its card; facts that are not stated are left out."""
     version, card = entry.version, entry.card
     if card is None:
         return []
@@ -121,7 +127,9 @@ def training_facts(entry: ShownVersion) -> list[Fact]:
     card = entry.card
     if card is None:
         return []
-    facts = [(shown(name, 60).replace("_", "-"), number(value)) for name, value in _mapping(card.training, "options").items()]
+    facts = [
+        (shown(name, 60).replace("_", "-"), number(value)) for name, value in _mapping(card.training, "options").items()
+    ]
     plain = ("seed", "device", "dtype")
     facts += [(name, number(card.training[name])) for name in plain if name in card.training]
     facts += [(shown(name, 60), number(value)) for name, value in _mapping(card.training, "versions").items()]

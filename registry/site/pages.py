@@ -1,4 +1,4 @@
-"""The pages of a catalogue, each made when it is asked for: the folder holds them all, a server shows them one by one."""
+"""The pages of a catalogue, each made when it is asked for: a folder holds them all, a server shows one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xpert.registry.names import NAME_PATTERN
 from xpert.registry.site import wording
 from xpert.registry.site.data import Catalogue, ShownName, ShownVersion
 from xpert.registry.site.facts import card_facts, chain, rows_of_profile, training_facts
-from xpert.registry.site.matrix import GROUPS, MOST_LIKENED, Matrix, likeness_order, skill_matrix
+from xpert.registry.site.matrix import GROUPS, MOST_LIKENED, Matrix, likeness_order, member_grid, skill_matrix
 
 __all__ = ["MEDIA_TYPES", "Site", "page_path"]
 
@@ -95,7 +95,8 @@ class Site:
 
     def _compare(self) -> str:
         matrix = skill_matrix(self.catalogue, every=True)
-        cells = dict(zip((v.version.ref for v in matrix.versions), matrix.to_plain()["cells"], strict=True))
+        plain = matrix.to_plain()
+        cells = dict(zip((v.version.ref for v in matrix.versions), plain["cells"], strict=True))
         versions = [
             [
                 *(v.version.ref, "latest" if v is name.latest else "", page_path(name.name)),
@@ -108,7 +109,11 @@ class Site:
         ]
         data = {"columns": matrix.to_plain()["columns"], "versions": versions}
         return self._page(
-            "compare.html.jinja", title=f"Compare · {self.catalogue.title}", page="compare", data=data, count=len(versions)
+            "compare.html.jinja",
+            title=f"Compare · {self.catalogue.title}",
+            page="compare",
+            data=data,
+            count=len(versions),
         )
 
     def _mixtures(self) -> str:
@@ -155,6 +160,10 @@ class Site:
         }
 
     @cached_property
+    def _versions(self) -> dict[str, ShownVersion]:
+        return {v.version.ref: v for name in self.catalogue.names for v in name.versions}
+
+    @cached_property
     def _environment(self) -> Any:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -171,13 +180,11 @@ class Site:
             "number": wording.number,
             "size": wording.size,
             "date": wording.date,
-            "tojson_plain": lambda text: json.dumps(text, ensure_ascii=False),
+            "quoted": lambda text: json.dumps(text, ensure_ascii=False),
         }
-        environment.globals |= {
-            **{"verdict": wording.verdict, "gain": wording.gain, "page_path": page_path, "embed": embed},
-            **{"chain": chain, "card_facts": card_facts, "training_facts": training_facts},
-            "rows_of_profile": rows_of_profile,
-        }
+        told = (card_facts, chain, training_facts, rows_of_profile, page_path, embed, wording.verdict, wording.gain)
+        environment.globals |= {function.__name__: function for function in told}
+        environment.globals["member_grid"] = lambda mixture: member_grid(mixture, self._versions)
         return environment
 
     def _page(self, template: str, *, root: str = "", **context: Any) -> str:
@@ -254,5 +261,3 @@ def _heat_data(matrix: Matrix) -> dict[str, Any]:
     if len(matrix.columns) <= MOST_LIKENED:
         plain["like_columns"] = likeness_order(values.T)
     return plain
-
-

@@ -16,7 +16,9 @@ MOST_TEXT = 2_000
 
 # Control characters, halves of surrogate pairs, and the marks that turn the direction of the text after them: with
 # those a name can be made to read as another one.
-_UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\uffff]")
+_UNSHOWABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\uffff]"
+)
 _UNITS = ("B", "KiB", "MiB", "GiB")
 
 

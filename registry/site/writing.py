@@ -70,5 +70,3 @@ def _is_own(target: Path) -> bool:
                 hint="move that file away, or choose another -o",
             )
     return True
-
-

@@ -157,7 +157,11 @@
     }
     const changed = () => { page = 0; show(); save(); };
     $("q").addEventListener("input", changed);
-    for (const field of fields.slice(1)) $(field).addEventListener("change", changed);
+    for (const field of ["kind", "base"]) $(field).addEventListener("change", changed);
+    $("skill").addEventListener("change", () => { // who is best at it is what one wants to see first
+      if ($("skill").value) [sort, down] = ["score", true];
+      changed();
+    });
     $("filters").addEventListener("submit", event => event.preventDefault());
     $("clear").addEventListener("click", () => { for (const field of fields) $(field).value = ""; changed(); $("q").focus(); });
     for (const head of document.querySelectorAll("#list th[data-sort]"))
@@ -194,7 +198,7 @@
       const bases = [...new Set(rows.map(row => row.base))].sort((a, b) => a.localeCompare(b, "en"));
       $("base").replaceChildren(new Option("any", ""), ...bases.map(base => new Option(base, base)));
       $("base-label").hidden = bases.length < 2;
-      const orders = [["like", "by likeness"], ["mean", "by mean, best first"], ["name", "by name"]];
+      const orders = [["like", "by likeness"], ["mean", "by mean"], ["name", "by name"]];
       $("order").replaceChildren(...orders.slice(group.like && group.like_columns ? 0 : 1).map(([value, text]) => new Option(text, value)));
       byColumn = -1;
       arrange();
@@ -262,7 +266,7 @@
       }
       const ramps = [...byEnds.values()].slice(0, 6).map(({ends, metrics}) => {
         const ramp = node("div", {kind: "ramp"}, ...Array.from({length: 9}, (_, step) => node("i", {kind: (gaining() ? "d" : "s") + step})));
-        const names = metrics.length > 4 ? `${metrics.slice(0, 4).join(", ")} and ${metrics.length - 4} more` : metrics.join(", ");
+        const names = metrics.length > 8 ? `${metrics.slice(0, 7).join(", ")} and ${metrics.length - 7} more` : metrics.join(", ");
         return node("div", {}, node("span", {kind: "ramp-name"}, bdi(names)), ramp, node("div", {kind: "ramp-ends"}, ...ends.map(text => node("span", {text}))));
       });
       const missing = node("div", {kind: "key"}, node("i", {kind: "none"}), node("span", {text: "not scored"}));
@@ -287,7 +291,7 @@
       const corner = node("th", {scope: "col", text: "Expert"});
       const mean = node("th", {scope: "col", kind: "mean"}, node("button", {type: "button", title: "mean of the cells shown"}, node("span", {text: "mean of these"})));
       mean.firstElementChild.addEventListener("click", () => { byColumn = -1; $("order").value = "mean"; arrange(); });
-      table = node("table", {kind: "heat", role: "grid", "aria-label": "Scores of experts by skill", "aria-rowcount": shownRows.length + 1, "aria-colcount": shownColumns.length + 2},
+      table = node("table", {kind: shownColumns.length <= 10 ? "heat roomy" : "heat", role: "grid", "aria-label": "Scores of experts by skill", "aria-rowcount": shownRows.length + 1, "aria-colcount": shownColumns.length + 2},
         node("thead", {}, node("tr", {"aria-rowindex": 1}, corner, ...heads, mean)), node("tbody"));
       scroll.replaceChildren(table);
       $("count").textContent = shownRows.length && shownColumns.length
@@ -462,7 +466,9 @@
     }
 
     function scores(one, other) {
-      const columns = [...new Set([...one.cells.keys(), ...other.cells.keys()])].sort((a, b) => a - b);
+      const shared = at => one.cells.has(at) && other.cells.has(at);
+      const distance = at => shared(at) ? Math.abs(one.cells.get(at)[1][0] - other.cells.get(at)[1][0]) : -1;
+      const columns = [...new Set([...one.cells.keys(), ...other.cells.keys()])].sort((a, b) => distance(b) - distance(a) || a - b);
       if (!columns.length) return node("section", {}, node("p", {kind: "empty", text: "Neither has a profile."}));
       const tally = {first: 0, second: 0, unclear: 0, alone: 0};
       const lines = columns.map(at => {
@@ -471,8 +477,8 @@
         const head = node("th", {scope: "row"}, bdi(skill), " ", node("span", {kind: "metric", title: suite, text: metric}));
         const told = interval => interval
           ? node("td", {kind: "n"}, three(interval[0]), " ", node("span", {kind: "range", text: `${three(interval[1])}–${three(interval[2])}`}))
-          : node("td", {kind: "n muted", text: "not scored"});
-        let said = "scored for one of the two only", difference = "", n = (mine ?? theirs)[3];
+          : node("td", {kind: "n", text: "–"});
+        let said = `scored for the ${mine ? "first" : "second"} only`, difference = "", n = (mine ?? theirs)[3];
         if (mine && theirs) {
           const words = verdict(mine, theirs);
           const clear = words.endsWith("beyond both intervals");
@@ -481,7 +487,7 @@
           tally[!clear ? "unclear" : words.startsWith("better") ? "first" : "second"] += 1;
           if (mine[3] !== theirs[3]) n = `${counted(mine[3])}, ${counted(theirs[3])}`;
         } else tally.alone += 1;
-        return node("tr", {}, head, node("td", {kind: "chart-cell"}, chart([mine, theirs])), told(mine), told(theirs),
+        return node("tr", mine && theirs ? {} : {kind: "alone"}, head, node("td", {kind: "chart-cell"}, chart([mine, theirs])), told(mine), told(theirs),
           node("td", {kind: "n strong", text: difference}), node("td", {kind: "n", text: typeof n === "number" ? counted(n) : n}), node("td", {kind: "verdict", text: said}));
       });
       const title = (text, kind) => node("th", {scope: "col", text, ...(kind ? {kind} : {})});
