@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from xpert.errors import XpertError
@@ -14,7 +15,18 @@ from xpert.registry.card import ExpertCard, Interval, SkillProfile, SkillScore
 from xpert.registry.store import Details, Registry
 from xpert.registry.versions import StoredFile, Version
 
-__all__ = ["Catalogue", "Member", "MixtureFacts", "ShownName", "ShownVersion", "catalogue", "gather", "mixture_facts"]
+__all__ = [
+    "Catalogue",
+    "Member",
+    "MixtureFacts",
+    "ShownName",
+    "ShownVersion",
+    "catalogue",
+    "gather",
+    "mixture_facts",
+    "shown_versions",
+    "sound_card",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,8 @@ class MixtureFacts:
 class ShownVersion:
     """A version as the pages show it. `problem` says why its document cannot be shown, where that is so.
 
-    `tags` are the names that point at it; `signers` who vouches for it; `used_by` the mixtures that hold it.
+    `tags` are the names that point at it; `signers` who vouches for it; `used_by` the mixtures that hold it. What lies
+    in a folder and not in a registry has no digest, and cannot be pulled.
     """
 
     version: Version
@@ -53,6 +66,10 @@ class ShownVersion:
     signers: tuple[str, ...] = ()
     used_by: tuple[str, ...] = ()
     problem: str = ""
+
+    @property
+    def registered(self) -> bool:
+        return bool(self.version.digest)
 
     @property
     def profile(self) -> SkillProfile | None:
@@ -78,18 +95,17 @@ class ShownName:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All names, sorted. `registered` is False for experts that lie in folders and cannot be pulled by name."""
+    """All names, sorted."""
 
     names: tuple[ShownName, ...]
     title: str = "Registry"
-    registered: bool = True
 
-    @property
+    @cached_property
     def newest(self) -> str:
         """When the newest version was made: the pages' own date, so that the same registry gives the same pages."""
         return max((v.version.created for name in self.names for v in name.versions), default="")
 
-    @property
+    @cached_property
     def problems(self) -> list[str]:
         return [f"{v.version.ref}: {v.problem}" for name in self.names for v in name.versions if v.problem]
 
@@ -99,16 +115,19 @@ def gather(registry: Registry, *, title: str = "Registry", progress: Progress = 
 
     A version whose record or document is damaged is shown with what ails it, and `progress` tells of it.
     """
-    shown = []
+    return catalogue(shown_versions(registry, progress=progress), title=title)
+
+
+def shown_versions(registry: Registry, *, progress: Progress = SILENT) -> Iterator[ShownVersion]:
+    """The versions of a registry as they stand, not yet told who uses them."""
     for version, found in registry.survey():
         entry = _shown_version(found) if isinstance(found, Details) else ShownVersion(version, problem=str(found))
         if entry.problem:
             progress.say(f"{version.ref} is shown without its card: {entry.problem}")
-        shown.append(entry)
-    return catalogue(shown, title=title)
+        yield entry
 
 
-def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry", registered: bool = True) -> Catalogue:
+def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry") -> Catalogue:
     """Versions under their names, each told which mixtures use it; names without tags get `latest` on the newest."""
     every = list(versions)
     users: dict[str, list[str]] = {}
@@ -122,10 +141,10 @@ def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry", regi
     made = []
     for name in sorted(names):
         held = sorted(names[name], key=lambda v: -v.version.version)
-        if not any("latest" in entry.tags for entry in held):
+        if held[0].registered and not any("latest" in entry.tags for entry in held):
             held[0] = dataclasses.replace(held[0], tags=("latest", *held[0].tags))
         made.append(ShownName(name, tuple(held)))
-    return Catalogue(tuple(made), title, registered)
+    return Catalogue(tuple(made), title)
 
 
 def _shown_version(details: Details) -> ShownVersion:
@@ -134,7 +153,7 @@ def _shown_version(details: Details) -> ShownVersion:
     try:
         if version.kind == "mixture":
             return dataclasses.replace(entry, mixture=mixture_facts(details.document, version.uses))
-        return dataclasses.replace(entry, card=_sound(ExpertCard.from_dict(details.document, where="expert.json")))
+        return dataclasses.replace(entry, card=sound_card(ExpertCard.from_dict(details.document, where="expert.json")))
     except XpertError as error:
         return dataclasses.replace(entry, problem=str(error))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -167,7 +186,7 @@ def mixture_facts(document: Mapping[str, Any], uses: Iterable[str]) -> MixtureFa
     )
 
 
-def _sound(card: ExpertCard) -> ExpertCard:
+def sound_card(card: ExpertCard) -> ExpertCard:
     """The card, if its numbers are numbers: the pages compute with them. Raises TypeError or ValueError."""
     for part in (card.adapter, card.selection, card.training, card.licences, card.spent, card.gates):
         if not isinstance(part, Mapping):

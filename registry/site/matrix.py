@@ -48,11 +48,9 @@ class Matrix:
     cells: tuple[Mapping[int, SkillScore], ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """`columns` [[skill, metric, suite]], `cells` per version [[column, expert, base]] with [score, low, high, n]."""
+        """columns: [[skill, metric, suite]]; cells: a version's [[column, expert, base]], both [score, low, high, n]."""
         return {
-            "columns": [
-                [shown(skill, 80), shown(metric, 40), place(suite, 80)] for skill, metric, suite in self.columns
-            ],
+            "columns": [[shown(skill, 80), shown(metric, 40), suite] for skill, metric, suite in self.columns],
             "cells": [
                 [[column, _plain(score.expert), _plain(score.base)] for column, score in sorted(cells.items())]
                 for cells in self.cells

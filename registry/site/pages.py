@@ -16,7 +16,7 @@ from xpert.registry.site.data import Catalogue, ShownName, ShownVersion
 from xpert.registry.site.facts import card_facts, chain, rows_of_profile, training_facts
 from xpert.registry.site.matrix import GROUPS, MOST_LIKENED, Matrix, likeness_order, member_grid, skill_matrix
 
-__all__ = ["MEDIA_TYPES", "Site", "page_path"]
+__all__ = ["MEDIA_TYPES", "POLICY", "Site", "page_path"]
 
 HERE = Path(__file__).parent
 ASSETS = ("site.css", "site.js")
@@ -25,6 +25,8 @@ MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
 }
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What the pages' browser may load and run: the one script and style of the site. JSON blocks do not run."""
 MOST_LINKS = 1_000
 """Names that the list shows where scripts do not run."""
 
@@ -189,7 +191,7 @@ class Site:
 
     def _page(self, template: str, *, root: str = "", **context: Any) -> str:
         text: str = self._environment.get_template(template).render(
-            root=root, catalogue=self.catalogue, base_of=self._base, known=self._known, **context
+            root=root, policy=POLICY, catalogue=self.catalogue, base_of=self._base, known=self._known, **context
         )
         return text
 

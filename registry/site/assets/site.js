@@ -4,7 +4,7 @@
 (() => {
   const $ = id => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
-  const PAGE_ROWS = 100, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
+  const PAGE_ROWS = 50, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
 
   // ── small things ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -106,12 +106,16 @@
       return node("tr", {}, ...cells);
     }
 
+    let before; // what the last letters found: more letters find among those
     function find() {
-      const asked = words($("q").value), skill = data.skills.indexOf($("skill").value);
+      const asked = words($("q").value), text = asked.join(" "), skill = data.skills.indexOf($("skill").value);
       const kind = data.kinds.indexOf($("kind").value), base = data.bases.indexOf($("base").value);
-      const found = rows.filter(({row, held}) =>
+      const others = fields.slice(1).map(field => $(field).value).join("\n");
+      const among = before && before.others === others && text.startsWith(before.text) ? before.found : rows;
+      const found = among.filter(({row, held}) =>
         (!asked.length || holds(held, asked)) && ($("kind").value === "" || row[KIND] === kind) &&
         ($("base").value === "" || row[BASE] === base) && (skill < 0 || row[SKILLS].includes(skill)));
+      before = {text, others, found};
       if (sort !== "name" || down) {
         const keyed = found.map((entry, at) => [keys[sort](entry, skill), at, entry]);
         keyed.sort(([a, i], [b, j]) => (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1) || i - j);
