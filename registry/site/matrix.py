@@ -48,7 +48,7 @@ class Matrix:
     cells: tuple[Mapping[int, SkillScore], ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """columns: [[skill, metric, suite]]; cells: a version's [[column, expert, base]], both [score, low, high, n]."""
+        """columns: [[skill, metric, suite]]; cells: one list a version, of [column, expert, base]."""
         return {
             "columns": [[shown(skill, 80), shown(metric, 40), suite] for skill, metric, suite in self.columns],
             "cells": [

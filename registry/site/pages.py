@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -43,7 +44,7 @@ class Site:
     """All pages of one catalogue. `render` is pure: the same catalogue gives the same bytes."""
 
     def __init__(self, found: Catalogue) -> None:
-        self.catalogue = found
+        self.catalogue = dataclasses.replace(found, title=wording.shown(found.title, 200))
         self._names = {page_path(name.name): name for name in found.names}
         self._fixed: dict[str, Callable[[], str]] = {
             "index.html": self._index,
@@ -101,7 +102,7 @@ class Site:
         cells = dict(zip((v.version.ref for v in matrix.versions), plain["cells"], strict=True))
         versions = [
             [
-                *(v.version.ref, "latest" if v is name.latest else "", page_path(name.name)),
+                *(wording.shown(v.version.ref, 150), "latest" if v is name.latest else "", page_path(name.name)),
                 [[label, text] for label, text in card_facts(v, self._base)],
                 cells.get(v.version.ref, []),
             ]
@@ -193,7 +194,7 @@ class Site:
         text: str = self._environment.get_template(template).render(
             root=root, policy=POLICY, catalogue=self.catalogue, base_of=self._base, known=self._known, **context
         )
-        return text
+        return wording.seen(text)
 
 
 def embed(value: Any) -> Any:

@@ -390,15 +390,18 @@
       fill();
       rove();
       const cell = cellAt(...active);
-      const side = table.querySelector("thead th").offsetWidth;
-      if (cell.offsetLeft - side < scroll.scrollLeft) scroll.scrollLeft = cell.offsetLeft - side;
-      else if (cell.offsetLeft + cell.offsetWidth > scroll.scrollLeft + scroll.clientWidth) scroll.scrollLeft = cell.offsetLeft + cell.offsetWidth - scroll.clientWidth;
       cell.focus({preventScroll: true});
+      scroll.style.scrollPadding = `${head}px 0 0 ${table.querySelector("thead th").offsetWidth}px`; // what the fixed headers hide is not in view
+      cell.scrollIntoView({block: "nearest", inline: "nearest", behavior: "instant"});
     }
 
     const cellOf = event => event.target.closest?.("td[data-r]");
     scroll.tabIndex = -1;
-    scroll.addEventListener("scroll", () => { hush(); fill(); }, {passive: true});
+    scroll.addEventListener("scroll", () => { // a move by key scrolls too: what it came to stays explained
+      fill();
+      const cell = document.activeElement?.closest?.("td[data-r]");
+      if (cell) explain(cell); else hush();
+    }, {passive: true});
     scroll.addEventListener("keydown", move);
     scroll.addEventListener("pointerover", event => { const cell = cellOf(event); if (cell) explain(cell); else hush(); });
     scroll.addEventListener("pointerleave", hush);
