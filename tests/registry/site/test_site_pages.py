@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -77,7 +78,7 @@ class Page(HTMLParser):
         return {attributes["id"] for _, attributes in self.elements if "id" in attributes}
 
     @property
-    def data(self) -> object:
+    def data(self) -> Any:
         return json.loads(next(filter(str.strip, self.scripts)))
 
 
@@ -235,7 +236,7 @@ INTERVALS = [
 
 
 @pytest.mark.parametrize(("one", "other", "words"), INTERVALS)
-def test_verdicts(one: tuple[float, ...], other: tuple[float, ...], words: str) -> None:
+def test_verdicts(one: tuple[float, float, float], other: tuple[float, float, float], words: str) -> None:
     assert verdict(Interval(*one, 40), Interval(*other, 40)) == words
 
 
