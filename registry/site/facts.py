@@ -85,7 +85,7 @@ def chain(entry: ShownVersion) -> list[Step]:
     shots = _facts(
         ("shots trained on", figures.get("shots")),
         ("held out", figures.get("held_out_shots")),
-        ("fingerprint", _short(inputs.get("shots"))),
+        ("hash", _short(inputs.get("shots"))),
     )
     chosen = _facts(
         ("method", config.get("method")),
@@ -99,7 +99,7 @@ def chain(entry: ShownVersion) -> list[Step]:
         ("tokens", figures.get("tokens")),
         ("seconds", figures.get("seconds")),
         ("loss", _arrow(figures.get("first_loss"), figures.get("final_loss"))),
-        ("loss on held-out shots", _arrow(figures.get("validation_loss_before"), figures.get("validation_loss"))),
+        ("held-out loss", _arrow(figures.get("validation_loss_before"), figures.get("validation_loss"))),
         ("data", _short(selection.get("fingerprint"))),
     )
     if "experts" in card.training:
@@ -109,7 +109,7 @@ def chain(entry: ShownVersion) -> list[Step]:
             ("suite", profile.suite),
             ("skills", len(profile.skills)),
             ("items", sum(int(score.expert.n) for score in profile.skills.values())),
-            ("fingerprint", _short(profile.suite_fingerprint)),
+            ("hash", _short(profile.suite_fingerprint)),
         )
         if profile
         else ()

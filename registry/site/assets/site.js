@@ -85,6 +85,8 @@
       date: ({row}) => row[DATE],
     };
 
+    const breaking = text => node("bdi", {}, ...text.split("/").flatMap((part, at) => at ? ["/", node("wbr"), part] : [part]));
+
     function line(row, skill) {
       const bests = node("ul", {kind: "bests"});
       const shown = skill < 0 ? row[SCORES].slice(0, 3) : [best(row, skill)].filter(Boolean);
@@ -99,7 +101,7 @@
       const cells = [
         head, versions,
         node("td", {kind: "cell-score"}, shown.length ? bests : node("span", {text: unscored, kind: "muted"})),
-        node("td", {kind: "cell-base"}, bdi(data.bases[row[BASE]] || "–")),
+        node("td", {kind: "cell-base"}, breaking(data.bases[row[BASE]] || "–")),
         node("td", {text: bytes(row[SIZE]), kind: "n cell-size"}),
         node("td", {text: row[DATE], kind: "n cell-date"}),
       ];
