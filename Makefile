@@ -13,10 +13,10 @@ FOLDERS := $(shell find $(TREES) -type d -not -name __pycache__)
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test reliability check format bench clean
 
 help:
-	@echo "make demo | test | check | bench | format | clean"
+	@echo "make demo | test | reliability | check | bench | format | clean"
 
 .venv/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xpert needs Python 3.11 or newer")'
@@ -39,6 +39,10 @@ demo: .venv/xpert
 
 test: .venv/xpert
 	$(BIN)/python -m pytest
+
+# The crash, concurrency and corruption tests at full count: some ten minutes.
+reliability: .venv/xpert
+	XPERT_RELIABILITY=full $(BIN)/python -m pytest tests/registry/test_reliability.py
 
 check: .venv/xpert
 	$(BIN)/ruff check .

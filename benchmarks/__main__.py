@@ -54,6 +54,8 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "merging": ["--width", "64", "--layers", "1"],
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
+        "remotes": ["--mebibytes", "8", "--versions", "100"],
+        "ranking": ["--largest", "30", "--draws", "100", "--repeats", "1"],
         "less_features": ["--rows", "64", "--repeats", "1"],
         "ekfac": ["--exact-rows", "10", "--rows", "32", "--tokens", "64", "--repeats", "1"],
         "pool_build": ["--rows", "100000"],

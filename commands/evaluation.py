@@ -35,7 +35,8 @@ def command(
 ) -> None:
     """Score mixtures, experts and models side by side on a suite, per skill and overall.
 
-    The last column ranks them over the skills by Borda points, which do not mix the units of different metrics.
+    Several are ranked in the last column over the skills by Borda points, which do not mix the units of different
+    metrics.
     """
     from xpert.data import read_suite
     from xpert.experts.evaluate import usable_items
@@ -70,24 +71,27 @@ def command(
 
 
 def borda_points(found: Evaluation) -> dict[str, float]:
-    """Subject -> Borda points over the skills, most first."""
+    """Subject -> Borda points over the skills, most first; none for a single subject, which is ranked with nobody."""
     from xpert.registry.ranking import borda
 
+    if len(found.results) < 2:
+        return {}
     return borda({skill: {n: found.interval(n, skill).score for n in found.results} for skill in found.skills})
 
 
 def score_table(found: Evaluation) -> str:
-    """A line per subject: overall, each skill, Borda points. Scores in hundredths."""
+    """A line per subject: overall, each skill, Borda points where there are several. Scores in hundredths."""
     points = borda_points(found)
     width = max(12, *(len(name) for name in found.results))
     columns = [(skill, max(7, len(skill))) for skill in found.skills]
-    head = f"{'':<{width}}  {'all items':>18}  " + "  ".join(f"{s:>{w}}" for s, w in columns) + f"  {'Borda':>6}"
-    lines = [head]
+    head = f"{'':<{width}}  {'all items':>18}  " + "  ".join(f"{s:>{w}}" for s, w in columns)
+    lines = [head + (f"  {'Borda':>6}" if points else "")]
     for name in found.results:
         overall = found.interval(name)
         shown = f"{100 * overall.score:.1f} [{100 * overall.low:.0f}-{100 * overall.high:.0f}]"
         scores = "  ".join(f"{100 * found.interval(name, skill).score:>{w}.1f}" for skill, w in columns)
-        lines.append(f"{name:<{width}}  {shown:>18}  {scores}  {points.get(name, 0):>6.1f}")
+        ranked = f"  {points[name]:>6.1f}" if points else ""
+        lines.append(f"{name:<{width}}  {shown:>18}  {scores}{ranked}")
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "influence": ("influence", "Measure how far scores of rows can be trusted on a model."),
     "train": ("train", "Train a LoRA expert on a selection."),
     "gate": ("gate", "Give a finished expert its vectors for a token gate."),
+    "prototypes": ("prototypes", "Give a finished expert centroids of its exemplars, for routers."),
     "profile": ("profiling", "Score an expert and its base per skill."),
     "registry": ("registry", "Publish, list, show, pull and verify experts and mixtures."),
     "mix": ("mix", "Assemble a mixture of experts behind a router."),
@@ -144,7 +145,9 @@ def _usage_line(error: click.UsageError) -> str:
 
 
 def _fail(line: str, status: int) -> NoReturn:
-    click.echo(f"xpert: {' '.join(line.split())}", err=True)
+    from xpert.printable import printable
+
+    click.echo(f"xpert: {printable(' '.join(line.split()))}", err=True)
     sys.exit(status)
 
 

@@ -18,6 +18,7 @@ import click
 
 from xpert.config import Config, field_type, read_yaml
 from xpert.errors import BadInput, unknown
+from xpert.printable import printable
 from xpert.progress import SILENT, Progress, StreamProgress
 
 __all__ = ["Session", "common_options", "config_options", "engine_options", "pairs", "take"]
@@ -36,9 +37,15 @@ class Session:
     def progress(self) -> Progress:
         return SILENT if self.quiet else StreamProgress(sys.stderr)
 
-    def result(self, value: Mapping[str, Any], text: str) -> None:
-        """Prints the result to stdout: `value` as one JSON object with --json, else `text`."""
-        click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False) if self.as_json else text)
+    def result(self, value: Mapping[str, Any], text: str | Callable[[], str]) -> None:
+        """Prints the result to stdout: `value` as one JSON object with --json, else `text` (or what it makes).
+
+        Names and descriptions may be a stranger's, so nothing in them reaches the terminal that would steer it.
+        """
+        if self.as_json:
+            click.echo(printable(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+        else:
+            click.echo(printable(text if isinstance(text, str) else text(), keep="\n\t"))
 
 
 def _check_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -61,6 +68,8 @@ def _apply_config(context: click.Context, parameter: click.Parameter, value: Pat
             values[name] = [f"{key}={item}" for key, item in given.items()]
         elif known[name].multiple and not isinstance(given, list):
             values[name] = [given]
+        if isinstance(values[name], list) and not known[name].multiple:  # an option that is written A,B,...
+            values[name] = ",".join(str(item) for item in values[name])
     context.default_map = {**(context.default_map or {}), **values}
 
 
@@ -126,6 +135,7 @@ def config_options(
                 command = click.option(f"{flag}/--no-{flag[2:]}", **shown)(command)
             elif many:
                 shown["default"] = ",".join(str(item) for item in field.default)
+                shown["show_default"] = bool(field.default)
                 command = click.option(flag, metavar="A,B,...", **shown)(command)
             elif field.metadata.get("choices"):
                 command = click.option(flag, metavar="|".join(field.metadata["choices"]), **shown)(command)

@@ -82,18 +82,21 @@ def distil(
     watched = measured or learned
     before = student.divergence(watched)
     steps = _teach(student, learned, options, seed, progress)
+    # Seen by the student in training, without padding; measuring is not training.
+    tokens = options.epochs * sum(len(lesson.ids) for lesson in learned)
     log = {
         "measured_on": "held-out rows" if measured else "the rows themselves",
         "measured_rows": len(watched),
         "kl_before": before,
         "kl": student.divergence(watched),
         "steps": steps,
+        "tokens": tokens,
     }
     merged = Merged(tuple(range(len(task.keys))), mean, student.updates(), log)
     error = measure(merged, task.experts)
     result = MergeResult("distil", options.to_dict(), task.keys, merged, error, time.process_time() - begin)
     with draft_folder(out) as draft:
-        write_merged_expert(draft, result, sources, name=out.name, seed=seed, progress=progress)
+        write_merged_expert(draft, result, sources, name=out.name, rows=rows, seed=seed, progress=progress)
     return result
 
 

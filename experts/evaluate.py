@@ -7,6 +7,7 @@ oracle and a random router cost little once every expert has answered.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,11 @@ class ItemResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All subjects on all items; items in suite order."""
+    """All subjects on all items; items in suite order.
+
+    `spent`: what was computed anew took `seconds` of wall time, of them `answer_seconds` until the last of `tokens`
+    generated tokens (the end of a turn counts as one); the rest went into weighing choices.
+    """
 
     items: Sequence[SuiteItem]
     results: Mapping[str, Sequence[ItemResult]]
@@ -108,12 +113,21 @@ class Evaluation:
 
     def interval(self, subject: str, skill: str | None = None) -> Interval:
         """Mean score over a skill's items, or over all."""
-        return bootstrap([r.score for r in self._of(subject, skill)], self._seed(skill))
+        return bootstrap([r.score for r in self._of(subject, skill)], self.seed_of(skill))
+
+    def metric_over(self, rows: Sequence[int]) -> str:
+        """The metric of some items, by their places; several are joined by `+`."""
+        return "+".join(sorted({self.items[row].metric for row in rows}))
+
+    def interval_over(self, subject: str, rows: Sequence[int], name: str) -> Interval:
+        """Mean score over some items, by their places. `name` seeds the resamples."""
+        results = self.results[subject]
+        return bootstrap([results[row].score for row in rows], self.seed_of(name))
 
     def choice_interval(self, subject: str, skill: str | None = None) -> Interval | None:
         """Accuracy by likelihood over choices; None where no item has choices."""
         right = [float(r.choice) for r in self._of(subject, skill) if r.choice is not None]
-        return bootstrap(right, self._seed(skill)) if right else None
+        return bootstrap(right, self.seed_of(skill)) if right else None
 
     def mean_over_skills(self, subject: str) -> float:
         """Each skill counts the same, however many items it has."""
@@ -140,8 +154,8 @@ class Evaluation:
     def _of(self, subject: str, skill: str | None) -> list[ItemResult]:
         return [r for r in self.results[subject] if skill is None or r.skill == skill]
 
-    def _seed(self, skill: str | None) -> int:
-        # The same resamples for every subject, so that their intervals differ by their scores alone.
+    def seed_of(self, skill: str | None) -> int:
+        """The seed of a mean's resamples: the same for every subject, so that intervals differ by scores alone."""
         return self.seed + zlib.crc32((skill or "").encode())
 
 
@@ -181,8 +195,11 @@ def evaluate(
     made = _made(items, known)
     wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
-    outputs = _generate(engine, prompts, wanted, options, progress)
+    begun = time.perf_counter()
+    outputs, tokens = _generate(engine, prompts, wanted, options, progress)
+    answered = time.perf_counter()
     choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
+    spent = {"seconds": time.perf_counter() - begun, "answer_seconds": answered - begun, "tokens": tokens}
     for index, asked in wanted:
         made[index, asked] = ItemResult(
             id=items[index].row.id,
@@ -194,7 +211,7 @@ def evaluate(
             asked=asked,
         )
     results = {name: [made[index, asked] for index, asked in enumerate(rows)] for name, rows in assigned.items()}
-    return Evaluation(items, results, seed=seed, generated=len(wanted))
+    return Evaluation(items, results, seed=seed, generated=len(wanted), spent=spent)
 
 
 _Pair = tuple[int, Asked]
@@ -219,16 +236,18 @@ def _generate(
     wanted: Sequence[_Pair],
     options: EvalOptions,
     progress: Progress,
-) -> dict[_Pair, str]:
+) -> tuple[dict[_Pair, str], int]:
     sampling = Sampling(max_tokens=options.max_tokens)
     requests = [asked.request(str(n), prompts[index], sampling) for n, (index, asked) in enumerate(wanted)]
     texts: dict[_Pair, list[str]] = {pair: [] for pair in wanted}
+    tokens = 0
     with progress.task("answering", len(requests)) as task:
         for piece in engine.generate(requests):
             texts[wanted[int(piece.request_id)]].append(piece.text)
             if piece.finished:
+                tokens += piece.completion_tokens
                 task.advance()
-    return {pair: "".join(parts) for pair, parts in texts.items()}
+    return {pair: "".join(parts) for pair, parts in texts.items()}, tokens
 
 
 def _likeliest(

@@ -12,14 +12,16 @@ from typing import Any
 
 from xpert.experts.expert_report import LOG_FILE, write_expert_report
 from xpert.experts.gate_vectors import MadeGate, write_gate
+from xpert.experts.spending import Spending, in_all, spent_on_selection
 from xpert.experts.train_options import TrainOptions
-from xpert.experts.training_data import Encoded, TrainingRows, licences_of, skills_of
+from xpert.experts.training_data import Encoded, TrainingRows, languages_of, licences_of, skills_of
 from xpert.language_model import LanguageModel
 from xpert.records import Row
-from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard, Interval
+from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.registry.model_card import model_card
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
-__all__ = ["EXEMPLARS", "Trained", "model_card", "settle_adapter_config", "write_expert"]
+__all__ = ["EXEMPLARS", "Trained", "selection_of", "settle_adapter_config", "write_expert"]
 
 EXEMPLARS = 64
 
@@ -70,6 +72,15 @@ class Trained:
             found |= {"validation_loss_before": validation[0], "validation_loss": validation[-1]}
         return found
 
+    def spent(self) -> dict[str, float]:
+        """Selection, training, and the making of gate vectors together."""
+        figures = self.figures()
+        parts: list[Spending] = [spent_on_selection(self.data.selection)]
+        parts.append({"tokens": figures["tokens"], "seconds": figures["seconds"]})
+        if self.gate:
+            parts.append(self.gate.spent)
+        return in_all(parts)
+
 
 def write_expert(out: Path, trained: Trained) -> None:
     """Writes the expert folder, whole or not at all."""
@@ -107,6 +118,13 @@ def settle_adapter_config(path: Path, lm: LanguageModel) -> dict[str, Any]:
     }
 
 
+def selection_of(trained: Trained) -> dict[str, Any]:
+    """The card's `selection`: the hash of the rows, what is known of how they were selected, and their languages."""
+    found = {"fingerprint": trained.data.fingerprint, **trained.data.selection}
+    languages = languages_of(trained.learned)
+    return found | {"languages": languages} if languages else found
+
+
 def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard:
     lm, data = trained.lm, trained.data
     skills = skills_of(data)
@@ -118,7 +136,7 @@ def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard
         name=name,
         description=f"LoRA expert{about}, trained on {figures['rows']:,} rows.",
         skills=skills,
-        selection={"fingerprint": data.fingerprint, **data.selection},
+        selection=selection_of(trained),
         training={
             "key": trained.key,
             "options": trained.options.to_dict(),
@@ -129,6 +147,7 @@ def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard
             "versions": package_versions(),
         },
         licences=licences_of(trained.learned),
+        spent=trained.spent(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -142,67 +161,3 @@ def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
         chosen = group[: EXEMPLARS - len(lines)]
         lines += [{"prompt": row.prompt, "skill": row.skill, "kind": kind} for row in chosen]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def model_card(card: ExpertCard, *, on_hub: bool) -> str:
-    """A model card as the Hugging Face Hub reads it."""
-    import yaml
-
-    figures = card.training.get("figures", {})
-    head: dict[str, Any] = {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "peft", "xpert"],
-    }
-    if on_hub:  # a path means nothing to the Hub
-        head["base_model"] = card.base.ref.partition("@")[0]
-        head["tags"].insert(0, f"base_model:adapter:{head['base_model']}")
-    base = card.base.ref if on_hub else Path(card.base.ref).name
-    licences = ", ".join(f"{name} ({count:,})" for name, count in card.licences.items())
-    rows = [
-        ("base model", f"{base} (`{card.base.fingerprint[:12]}`)"),
-        ("skills", ", ".join(card.skills) or "not stated"),
-        ("licences of the rows", licences),
-        ("adapter", f"rank {card.adapter['rank']}, alpha {card.adapter['alpha']}"),
-    ]
-    if "error" in card.training:  # merged, not trained
-        members = ", ".join(f"{member['key']} ({member['weight']:.4g})" for member in card.training["experts"])
-        error = card.training["error"]["total"]
-        rows.append(("merged of (weight)", members))
-        rows.append(("relative error against the weighted sum", "undefined" if error is None else f"{error:.3g}"))
-    if "rows" in figures:
-        rows.insert(2, ("rows", f"{figures['rows']:,}, of them {figures['shots']} shots"))
-        supervised = f"{figures['supervised_tokens']:,} of answers"
-        rows.insert(4, ("steps, tokens", f"{figures['steps']:,}, {figures['tokens']:,} ({supervised})"))
-        rows.append(("loss", f"{figures['first_loss']:.3f} at first, {figures['final_loss']:.3f} at last"))
-    if "validation_loss" in figures:
-        rows.append(
-            (
-                "loss on held-out shots",
-                f"{figures['validation_loss_before']:.3f} before, {figures['validation_loss']:.3f} after",
-            )
-        )
-    table = "\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in rows)
-    return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n# {card.name}\n\n"
-        f"{card.description}\n\n| | |\n|---|---|\n{table}\n\n{_skill_table(card)}"
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(model, "path/to/this/folder")\n```\n\n'
-        "`expert.json` says how it came to be; `report.html` shows the course of its training.\n"
-    )
-
-
-def _skill_table(card: ExpertCard) -> str:
-    if card.profile is None:
-        return ""
-    lines = [
-        f"| {skill} | {score.metric} | {score.expert.n} | {_shown(score.base)} | {_shown(score.expert)} |"
-        for skill, score in card.profile.skills.items()
-    ]
-    head = f"Scores in hundredths on {card.profile.suite}, with 95 % bootstrap intervals:"
-    return f"{head}\n\n| skill | metric | items | base | expert |\n|---|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
-
-
-def _shown(interval: Interval) -> str:
-    return f"{100 * interval.score:.1f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"

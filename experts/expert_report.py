@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xpert.experts.evaluate import Evaluation
 from xpert.experts.score_report import score_sections
-from xpert.registry.card import ExpertCard
+from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
 from xpert.report.page import line_chart, write_page
 
 __all__ = ["LOG_FILE", "REPORT_FILE", "write_expert_report"]
@@ -40,5 +42,22 @@ def write_expert_report(folder: Path, card: ExpertCard, found: Evaluation | None
         card=card,
         suite=card.profile.suite if card.profile else "",
         scored=found is not None,
+        profile=card.profile,
+        **(_views(card.profile) if card.profile else {}),
         **(score_sections(found) if found else {}),
     )
+
+
+def _views(profile: SkillProfile) -> dict[str, Any]:
+    """What is shown beside the scores by skill; largest groups first, whatever order the card keeps."""
+
+    def ranked(scores: Mapping[str, SkillScore]) -> list[tuple[str, SkillScore]]:
+        return sorted(scores.items(), key=lambda entry: (-entry[1].expert.n, entry[0]))
+
+    return {
+        "consistent": [
+            (name, score) for name, score in profile.skills.items() if score.consistency and score.base_consistency
+        ],
+        "clusters": ranked(profile.clusters),
+        "keywords": ranked(profile.keywords),
+    }

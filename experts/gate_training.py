@@ -60,7 +60,7 @@ def train_phatgoose(
             for name, update in updates.items()
         }
         optimizer = torch.optim.AdamW(vectors.values(), weight_decay=options.weight_decay)
-        losses = []
+        losses, tokens = [], 0
         with (
             expert_applied(model, updates, vectors),
             progress.task(f"phatgoose vectors on {len(rows):,} rows, steps", options.steps) as task,
@@ -69,12 +69,14 @@ def train_phatgoose(
                 rate = options.learning_rate * _course(step, options.steps, options.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                tokens += sum(len(examples[i][0]) for i in indices)
                 losses.append(_backward(model, [examples[i] for i in indices], [rows[i] for i in indices]))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 task.advance(1, f"loss {losses[-1]:.3f}")
     tail = losses[-max(1, len(losses) // 10) :]
-    figures = {"rows": len(rows), "steps": len(losses), "first_loss": losses[0], "final_loss": float(np.mean(tail))}
+    course = {"first_loss": losses[0], "final_loss": float(np.mean(tail))}
+    figures = {"rows": len(rows), "steps": len(losses), "tokens": tokens, **course}
     return {name: vector.detach() for name, vector in vectors.items()}, figures
 
 
@@ -100,7 +102,8 @@ def average_activations(
             last = torch.tensor([len(ids) - 1 for ids in chosen], device=batch.input_ids.device)
             with expert_applied(model, updates, seen=_adding(sums, last)):
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return {name: total.clone() / len(prompts) for name, total in sums.items()}, {"prompts": len(prompts)}
+    figures = {"prompts": len(prompts), "tokens": sum(map(len, prompts))}
+    return {name: total.clone() / len(prompts) for name, total in sums.items()}, figures
 
 
 @contextmanager

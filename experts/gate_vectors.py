@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xpert.errors import BadInput, NotFound
 from xpert.experts.adapters import CONFIG_FILE, GATES_FILE, WEIGHTS_FILE, read_adapter, read_gates_file
 from xpert.experts.gate_options import GateOptions, check_gate_name
+from xpert.experts.spending import Spending, in_all, spent_of
 from xpert.experts.training_data import Encoded, TrainingRows, encode_rows, gather_rows
 from xpert.progress import SILENT, Progress
 from xpert.registry.card import ExpertCard
@@ -36,6 +38,11 @@ class MadeGate:
     device: str
     dtype: str
     figures: Mapping[str, Any]
+
+    @property
+    def spent(self) -> Spending:
+        """Tokens read and seconds taken."""
+        return {key: self.figures.get(key) for key in ("tokens", "seconds")}
 
 
 def add_gate(
@@ -77,7 +84,8 @@ def add_gate(
     made = make_vectors(lm.model, updates, data, encoded, name, options, seed=seed, progress=progress)
     note = write_gate(folder, made, card)
     files = {**card.files, GATES_FILE: hash_file(folder / GATES_FILE)}
-    dataclasses.replace(card, gates={**card.gates, name: note}, files=files).write(folder)
+    spent = in_all([spent_of(card), made.spent])
+    dataclasses.replace(card, gates={**card.gates, name: note}, files=files, spent=spent).write(folder)
     return note
 
 
@@ -101,6 +109,7 @@ def make_vectors(
             hint="raise --max-length",
         )
     rows = [data.rows[index] for index in encoded.kept]
+    begin = time.monotonic()
     if name == "phatgoose":
         vectors, figures = train_phatgoose(
             model, updates, encoded.examples, rows, options, seed=seed, progress=progress
@@ -111,7 +120,7 @@ def make_vectors(
         if not vector.isfinite().all():
             raise BadInput(f"the {name} vector of {module} is not finite", hint="use a sound base model in float32")
     first = next(iter(updates.values())).a
-    figures = {"modules": len(vectors), **figures}
+    figures = {"modules": len(vectors), **figures, "seconds": round(time.monotonic() - begin, 3)}
     dtype = str(first.dtype).removeprefix("torch.")
     return MadeGate(name, vectors, options, seed, data.fingerprint, first.device.type, dtype, figures)
 

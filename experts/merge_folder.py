@@ -13,14 +13,18 @@ from typing import Any
 from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.adapters import CONFIG_FILE, GATES_FILE, WEIGHTS_FILE
-from xpert.experts.expert_folder import EXEMPLARS, model_card
+from xpert.experts.expert_folder import EXEMPLARS
 from xpert.experts.expert_report import write_expert_report
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import MergeResult
 from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert, assemble, open_expert, write_mixture
+from xpert.experts.spending import Spending, in_all, spent_of
+from xpert.experts.training_data import TrainingRows, licences_of
 from xpert.progress import SILENT, Progress
 from xpert.protocols import LowRankUpdate
+from xpert.records import Row
 from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.registry.model_card import model_card
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
 __all__ = ["FATE_FILE", "adapter_config", "write_adapter", "write_merge", "write_merged_expert", "write_pool"]
@@ -46,17 +50,21 @@ def write_merged_expert(
     sources: MergeSources,
     *,
     name: str,
+    rows: Sequence[Row] = (),
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> ExpertCard:
-    """Adapter, exemplars, model card, report and card of one merge, into an existing folder."""
+    """Adapter, exemplars, model card, report and card of one merge, into an existing folder.
+
+    `rows` are those it learned from, if it was distilled.
+    """
     members = [sources.experts[index] for index in result.merged.members]
     adapter = write_adapter(folder, result.merged.modules, like=members[0].folder)
     write_file(folder / EXEMPLARS_FILE, _exemplars([member.folder for member in members]))
     for member in members:
         if (member.folder / GATES_FILE).is_file():
             progress.say(f"The gate vectors of {member.key} are not merged: make those of {name} with `xpert gate`.")
-    card = _card(name, result, members, sources.base, adapter, seed)
+    card = _card(name, result, members, sources.base, adapter, rows, seed)
     return settle_card(folder, card, on_hub=not Path(sources.base.ref).exists())
 
 
@@ -181,9 +189,10 @@ def _card(
     members: Sequence[MixtureExpert],
     base: BaseModel,
     adapter: Mapping[str, Any],
+    rows: Sequence[Row],
     seed: int,
 ) -> ExpertCard:
-    licences: Counter[str] = Counter()
+    licences: Counter[str] = Counter(licences_of(rows))
     for member in members:
         licences.update(member.card.licences)
     weights = result.merged.weights
@@ -193,6 +202,7 @@ def _card(
         name=name,
         description=f"Merge of {', '.join(member.key for member in members)} by {result.method}.",
         skills=tuple(dict.fromkeys(skill for member in members for skill in member.card.skills)),
+        selection=_learned(rows),
         training={
             "method": f"merge by {result.method}",
             "options": dict(result.params),
@@ -207,8 +217,19 @@ def _card(
             "versions": package_versions(),
         },
         licences=dict(licences.most_common()),
+        spent=in_all([*(spent_of(member.card) for member in members), _spent(result)]),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def _learned(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"fingerprint": TrainingRows(tuple(rows), 0, (), {}).fingerprint, "rows": len(rows)} if rows else {}
+
+
+def _spent(result: MergeResult) -> Spending:
+    """What the merge itself took. A merger that asks a model reads tokens, and unless it counts them none can know."""
+    asks = result.method in plugins.names("merger") and "loss" in plugins.load("merger", result.method).needs
+    return {"tokens": result.merged.log.get("tokens", None if asks else 0), "seconds": result.seconds}
 
 
 def _exemplars(folders: Sequence[Path]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from xpert.errors import Unavailable, unknown
 from xpert.row_files import METRICS as METRIC_NAMES
 
-__all__ = ["METRICS", "check_metric", "choice_index", "normalise", "score"]
+__all__ = ["METRICS", "RIGHT_OR_WRONG", "check_metric", "choice_index", "normalise", "score"]
 
 _EDGES = string.punctuation + "“”‘’«»…–—·" + string.whitespace
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
@@ -169,3 +169,6 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "chrf": _chrf,
     "rougeL": _rouge_l,
 }
+
+RIGHT_OR_WRONG = frozenset({"exact", "choice", "number", "contains", "exec"})
+"""The metrics that give 0 or 1 and nothing between."""

@@ -55,7 +55,7 @@ def mix(
         router=router,
         router_params=_given(options, router_params or {}),
         name=name,
-        registry=str(registry.folder.resolve()),
+        registry=registry.location,
         base=model,
         gate=gate,
     )
@@ -92,7 +92,7 @@ def _all_of_base(registry: Registry, base: BaseModel | None, progress: Progress)
     if not latest:
         raise BadInput(
             "the registry holds no experts",
-            where=str(registry.folder),
+            where=registry.location,
             hint="publish one with `xpert registry publish`",
         )
     if base is None:
@@ -105,7 +105,7 @@ def _all_of_base(registry: Registry, base: BaseModel | None, progress: Progress)
         raise BadInput(
             f"no expert of the registry belongs to base {base.ref}; they belong to "
             f"{', '.join(sorted({version.base for version in latest}))}",
-            where=str(registry.folder),
+            where=registry.location,
         )
     return [open_expert(version.ref, registry) for version in fitting]
 

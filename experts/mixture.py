@@ -2,7 +2,7 @@
 
     {"kind": "mixture", "schema": 1, "name": ...,
      "base": {"ref": ..., "fingerprint": ..., "architecture": ...},
-     "registry": FOLDER or null,
+     "registry": FOLDER, URL or null,
      "experts": [{"key": ..., "ref": "owner/name@2" or a path, "fingerprint": sha256 of the weights, "weight": 1.0}],
      "router": "centroid", "router_params": {...}, "recruited": [...], "created": ...}
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["BASE", "GateChoice", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
 
 SCHEMA = 2
+_MOST_BYTES = 16 << 20  # of a mixture's file
 MIXTURE_FILE = "mixture.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE = "base"
@@ -51,7 +52,7 @@ class ExpertStore(Protocol):
     """The part of `registry.store.Registry` that mixtures need."""
 
     @property
-    def folder(self) -> Path: ...
+    def location(self) -> str: ...
 
     def resolve(self, ref: str) -> Version: ...
 
@@ -269,7 +270,7 @@ def write_mixture(path: Path, mixture: Mixture) -> None:
 
 def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) -> Mixture:
     where = str(path)
-    value = read_json(path)
+    value = read_json(path, most=_MOST_BYTES)
     if not isinstance(value, dict) or value.get("kind") != "mixture":
         raise BadInput("not a mixture", where=where, hint="`xpert mix` writes one; an expert is given as its folder")
     if not isinstance(value.get("schema"), int):
@@ -278,6 +279,8 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         raise BadInput(f"written by a newer xpert (schema {value['schema']})", where=where, hint="upgrade xpert")
     if not value.get("experts"):
         raise Corrupt("the mixture lists no experts", where=where, hint="mix again with `xpert mix`")
+    if name is not None:
+        _check_inside(value, where)
     anchor = path.resolve().parent
     try:
         base = BaseModel(**value["base"])
@@ -290,16 +293,29 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     recorded = value.get("registry")
     store = registry
     if store is None and any(not _is_path(ref) for _, ref, _, _ in entries):
-        named = str(anchor / recorded) if recorded else None
-        here = named is not None and Path(named).is_dir()
+        named = recorded if recorded is None or _is_url(recorded) else str(anchor / recorded)
+        here = named is not None and (_is_url(named) or Path(named).is_dir())
         store = _registry(named if here else None)
         if named and not here:
             _check_present(entries, store, named, where)
     experts = [_member(entry, anchor, store, where) for entry in entries]
     _check_one_base(experts, base)
-    located = str(store.folder) if store else recorded
+    located = store.location if store else recorded
     called = name or str(value.get("name") or path.stem)
     return Mixture(called, base, tuple(experts), router, params, located, recruited, created, gate)
+
+
+def _check_inside(value: Mapping[str, Any], where: str) -> None:
+    """A registered mixture refers to registered experts and its own files, and to nothing else on this machine."""
+    gate, experts = value.get("gate"), value["experts"]
+    entries = experts if isinstance(experts, list) else [None]
+    refs = [entry.get("ref") if isinstance(entry, dict) else None for entry in entries]
+    file = gate.get("file") if isinstance(gate, dict) else None
+    if file is not None and (not isinstance(file, str) or Path(file).name != file.removeprefix("./")):
+        raise Corrupt(f"its gate is a file outside of its folder: {file!r}", where=where)
+    for ref in refs:
+        if not isinstance(ref, str) or _is_path(ref):
+            raise Corrupt(f"refers to {ref!r}, which is no registered expert", where=where)
 
 
 def _gate(value: Any, anchor: Path, where: str) -> GateChoice | None:
@@ -324,7 +340,7 @@ def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str, wh
             store.resolve(ref)
         except NotFound:
             raise NotFound(
-                f"the mixture's registry {named} is not here, and {store.folder} has no {ref}",
+                f"the mixture's registry {named} is not here, and {store.location} has no {ref}",
                 where=where,
                 hint="give the registry that holds its experts with --registry",
             ) from None
@@ -347,7 +363,7 @@ def _member(entry: _Entry, anchor: Path, store: ExpertStore | None, where: str) 
 
 def _of_one(expert: MixtureExpert, registry: ExpertStore | None) -> Mixture:
     # A mixture and its expert may not share a name, since either can be asked for; the mixture is the common case.
-    located = str(registry.folder) if registry else None
+    located = registry.location if registry else None
     return replace(assemble([expert], router="fixed", name=f"{expert.key}:routed", registry=located), created="")
 
 
@@ -408,7 +424,13 @@ def _is_path(ref: str) -> bool:
     return ref.startswith(("/", "."))
 
 
+def _is_url(location: str) -> bool:
+    return "://" in location
+
+
 def _portable(location: str, anchor: Path) -> str:
+    if _is_url(location):
+        return location
     path = Path(location)
     return f"./{path.relative_to(anchor)}" if path.is_relative_to(anchor) else str(path)
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from xpert.experts.adapters import CONFIG_FILE, WEIGHTS_FILE
-from xpert.experts.expert_folder import Trained, model_card, settle_adapter_config
+from xpert.experts.expert_folder import Trained, selection_of, settle_adapter_config
 from xpert.experts.expert_report import LOG_FILE, write_expert_report
 from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert
+from xpert.experts.spending import in_all, spent_of
 from xpert.experts.training_data import licences_of
 from xpert.registry.card import EXEMPLARS_FILE, ExpertCard
+from xpert.registry.model_card import model_card
 from xpert.storage import draft_folder, hash_file, package_versions, write_file, write_json, write_manifest
 
 __all__ = ["GATE_FILE", "KIND", "write_trained_mixture"]
@@ -107,7 +109,7 @@ def _card(
         name=source.key,
         adapter=adapter,
         description=f"LoRA expert, {how}{beside} behind gate {config['gate']} in mixture {mixture.name}.",
-        selection={"fingerprint": trained.data.fingerprint, **trained.data.selection},
+        selection=selection_of(trained),
         training={
             "key": trained.key,
             "jointly": {
@@ -125,6 +127,10 @@ def _card(
         },
         licences=dict(Counter(source.card.licences) + Counter(licences_of(trained.learned))),
         profile=None,  # that of the expert it was
+        gates={},  # the vectors stay behind as well
+        prototypes=(),
+        # All were trained by the one run, so each took the whole of it.
+        spent=in_all([spent_of(source.card), trained.spent()]),
         files={},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

@@ -28,7 +28,7 @@ def score_sections(found: Evaluation) -> dict[str, Any]:
     return {
         "names": names,
         "overall": [found.interval(name) for name in names],
-        "points": [points.get(name, 0.0) for name in names],
+        "points": [points[name] for name in names] if len(names) > 1 else [],
         "skills": [
             {
                 "name": skill,

@@ -6,6 +6,7 @@ it is dropped, and both are counted.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from xpert.records import Row
 from xpert.selection_folder import read_selection
 from xpert.storage import MANIFEST, hash_texts, read_json
 
-__all__ = ["Encoded", "TrainingRows", "encode_rows", "gather_rows", "held_out_count", "licences_of", "skills_of"]
+__all__ = [
+    "Encoded",
+    "TrainingRows",
+    "encode_rows",
+    "gather_rows",
+    "held_out_count",
+    "languages_of",
+    "licences_of",
+    "skills_of",
+]
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,22 @@ def licences_of(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(row.licence or "unknown" for row in rows).most_common())
 
 
+def languages_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Rows per language, most frequent first, from a column `language` or `lang` with ISO 639 codes (`en`, `en-GB`).
+
+    Empty unless all rows have such a code: of a part of them the whole cannot be said.
+    """
+    codes = [_language(row.columns) for row in rows]
+    known = [code for code in codes if code]
+    return dict(Counter(known).most_common()) if len(known) == len(codes) else {}
+
+
+def _language(columns: Mapping[str, Any]) -> str | None:
+    named = {key.lower(): value for key, value in columns.items()}
+    match = re.fullmatch(r"([a-z]{2,3})([-_][a-z0-9]+)*", str(named.get("language") or named.get("lang") or "").lower())
+    return match[1] if match else None
+
+
 def skills_of(data: TrainingRows) -> tuple[str, ...]:
     """The skills the expert is meant for: those of the shots, or of the rows where no shot names one."""
     shots = (*data.rows[: data.shots], *data.validation)
@@ -132,14 +158,33 @@ def _read(source: str | Path) -> tuple[list[Row], list[Row], dict[str, Any]]:
     folder = Path(source)
     if not (folder / MANIFEST).is_file():
         rows = read_rows(source)
-        return rows, [], {"source": folder.name, "rows": len(rows)}
+        name = str(source) if str(source).startswith("hf:") else folder.name
+        return rows, [], {"source": name, "rows": len(rows), **_datasets([name])}
     manifest = read_json(folder / MANIFEST)
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     if kind == "pool":
         pool = open_pool(folder)
-        return pool.rows(range(len(pool))), [], {"source": folder.name, "rows": len(pool), "pool": pool.fingerprint}
+        told = {"source": folder.name, "rows": len(pool), "pool": pool.fingerprint, **_datasets(pool.sources)}
+        return pool.rows(range(len(pool))), [], told
     selection = read_selection(folder)
-    kept: dict[str, Any] = {
-        key: selection.manifest[key] for key in ("inputs", "config", "seed") if key in selection.manifest
-    }
-    return selection.rows, list(selection.shots or ()), {"rows": len(selection.rows), **kept}
+    return selection.rows, list(selection.shots or ()), {"rows": len(selection.rows), **_manifest(selection.manifest)}
+
+
+def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card keeps of a selection's manifest; manifests of before may lack parts of it."""
+    kept = {key: manifest[key] for key in ("inputs", "config", "seed", "created", "versions") if key in manifest}
+    config = kept.get("config", {})
+    if str(config.get("method", "")).endswith((".yaml", ".yml")):  # a pipeline's file; its steps are in the parameters
+        kept["config"] = {**config, "method": Path(config["method"]).name}
+    figures = {key: value for key, value in manifest.get("figures", {}).items() if key not in ("files", "sources")}
+    if figures:
+        kept["figures"] = figures
+    if manifest.get("timings"):
+        kept["seconds"] = round(sum(manifest["timings"].values()), 3)
+    return {**kept, **_datasets(manifest.get("figures", {}).get("sources", ()))}
+
+
+def _datasets(sources: Sequence[str]) -> dict[str, list[str]]:
+    """The Hub's sets among the sources `hf:owner/name[:config][:split]`."""
+    found = [source.removeprefix("hf:").partition(":")[0] for source in sources if source.startswith("hf:")]
+    return {"datasets": list(dict.fromkeys(found))} if found else {}

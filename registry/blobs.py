@@ -1,12 +1,13 @@
 """Content-addressed files: each lies under the sha256 of its bytes, whole or not at all, and is never changed.
 
-blobs/ab/cdef...    the file whose sha256 is abcdef...
+blobs/ab/cdef...    the file, or part of one, whose sha256 is abcdef...
 drafts/             files under way; those of dead processes are swept by `gc`
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import socket
@@ -16,12 +17,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from xpert.errors import BadInput, Corrupt
+from xpert.registry.versions import Part, StoredFile
 from xpert.storage import alive, hash_file
 
-__all__ = ["BlobStore", "Drafts", "open_plain", "sync_folder"]
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+__all__ = ["DOCUMENTS", "BlobStore", "Drafts", "open_plain", "sync_folder"]
 
 _CHUNK = 1 << 20
 _SHARD, _REST = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{62}")
@@ -65,39 +70,70 @@ class BlobStore:
 
     def __init__(self, folder: Path, drafts: Drafts) -> None:
         self.folder = folder
-        self._drafts = drafts
+        self.drafts = drafts
 
     def path(self, sha256: str) -> Path:
         return self.folder / sha256[:2] / sha256[2:]
 
-    def put(self, source: Path, sha256: str) -> None:
-        """Copies a file in. A sound blob that is there already stays; a damaged one is replaced.
+    def put(self, source: Path | bytes, file: StoredFile) -> None:
+        """Copies a file in, part by part. Sound blobs that are there already stay; damaged ones are replaced.
 
         Raises BadInput where `source` no longer has the content that was examined.
         """
-        target = self.path(sha256)
-        if target.is_file() and hash_file(target) == sha256:
-            return
-        with self._drafts.new() as (draft, stream):
-            with open_plain(source) as content:
-                if _copy(content, stream) != sha256:
-                    raise BadInput("changed while it was being published", where=str(source), hint="publish it again")
-            stream.flush()
-            os.fchmod(stream.fileno(), 0o444)
-            os.fsync(stream.fileno())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(target)
-        sync_folder(target.parent)
+        with io.BytesIO(source) if isinstance(source, bytes) else open_plain(source) as content:
+            for part in file.blobs:
+                if self.path(part.sha256).is_file() and hash_file(self.path(part.sha256)) == part.sha256:
+                    content.seek(part.size, os.SEEK_CUR)
+                elif not self._write(content, part):
+                    raise BadInput(
+                        "changed while it was being published",
+                        where=file.path if isinstance(source, bytes) else str(source),
+                        hint="publish it again",
+                    )
 
-    def copy(self, sha256: str, target: Path, *, what: str) -> None:
-        """Copies a blob out, checking it on the way; raises Corrupt where it is missing or damaged."""
+    def put_bytes(self, data: bytes) -> str:
+        """Keeps a small content, and returns its sha256."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.put(data, StoredFile("content", len(data), sha256))
+        return sha256
+
+    def holds(self, file: StoredFile) -> bool:
+        """Whether all blobs of a file are there, by their sizes."""
         try:
-            with open_plain(self.path(sha256)) as content, target.open("xb") as stream:
-                sound = _copy(content, stream) == sha256
+            return all(self.path(part.sha256).stat().st_size == part.size for part in file.blobs)
+        except FileNotFoundError:
+            return False
+
+    def copy(self, file: StoredFile, target: Path, *, what: str) -> None:
+        """Copies a file out, checking it on the way, part by part and whole.
+
+        Raises Corrupt where a part is missing or damaged; `target` then holds what came before it.
+        """
+        whole = hashlib.sha256()
+        try:
+            with target.open("xb") as stream:
+                for part in file.blobs:
+                    with open_plain(self.path(part.sha256)) as content:
+                        if _copy(content, stream, part.size + 1, whole) != (part.sha256, part.size):
+                            raise Corrupt(_DAMAGED, where=what, hint=_REMEDY)
         except FileNotFoundError:
             raise Corrupt("a file of it is missing", where=what, hint=_REMEDY) from None
-        if not sound:
-            raise Corrupt("damaged: its content does not match its sha256", where=what, hint=_REMEDY)
+        if whole.hexdigest() != file.sha256:
+            raise Corrupt("its parts are sound, but make another file than the record says", where=what)
+
+    def read(self, file: StoredFile, *, most: int, what: str) -> bytes:
+        """A small file's content, checked; raises BadInput where it is larger than `most` bytes."""
+        if file.size > most:
+            raise BadInput(f"{file.size:,} bytes; the most is {most:,}", where=what)
+        whole = io.BytesIO()
+        try:
+            for part in file.blobs:
+                with open_plain(self.path(part.sha256)) as content:
+                    if _copy(content, whole, part.size + 1) != (part.sha256, part.size):
+                        raise Corrupt(_DAMAGED, where=what, hint=_REMEDY)
+        except FileNotFoundError:
+            raise Corrupt("a file of it is missing", where=what, hint=_REMEDY) from None
+        return whole.getvalue()
 
     def problem(self, sha256: str, size: int | None = None) -> str | None:
         """What is wrong with a blob, in a few words, or None. Reads it whole."""
@@ -108,13 +144,15 @@ class BlobStore:
                 return "not a plain file"
             if size is not None and found != size:
                 return f"holds {found:,} bytes instead of {size:,}"
-            return None if hash_file(path) == sha256 else "damaged: its content does not match its sha256"
+            return None if hash_file(path) == sha256 else _DAMAGED
         except FileNotFoundError:
             return "missing"
 
     def all(self) -> Iterator[tuple[str, Path]]:
-        """(sha256 or "" for a file that does not belong here, path), sorted."""
+        """(sha256 or "" for a file that does not belong here, path), sorted; the folder of documents is passed over."""
         for shard in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if shard.name == DOCUMENTS and shard.is_dir():
+                continue
             if not shard.is_dir() or shard.is_symlink():
                 yield "", shard
                 continue
@@ -122,7 +160,25 @@ class BlobStore:
                 sound = _SHARD.fullmatch(shard.name) and _REST.fullmatch(path.name)
                 yield shard.name + path.name if sound else "", path
 
+    def _write(self, content: BinaryIO, part: Part) -> bool:
+        """The next bytes of `content` as a blob; False where they are not the part's."""
+        target = self.path(part.sha256)
+        with self.drafts.new() as (draft, stream):
+            if _copy(content, stream, part.size) != (part.sha256, part.size):
+                return False
+            stream.flush()
+            os.fchmod(stream.fileno(), 0o444)
+            os.fsync(stream.fileno())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.replace(target)
+        sync_folder(target.parent)
+        return True
 
+
+DOCUMENTS = "documents"
+"""The folder inside `blobs/` that holds documents: no content that somebody publishes can pass for one."""
+
+_DAMAGED = "damaged: its content does not match its sha256"
 _REMEDY = "publish the expert again from its folder, which puts the file right"
 
 
@@ -149,9 +205,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := source.read(_CHUNK):
+def _copy(source: BinaryIO, target: BinaryIO, most: int, whole: Hash | None = None) -> tuple[str, int]:
+    """Copies up to `most` bytes; the sha256 and the number of what was copied."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(min(_CHUNK, most - size)):
         digest.update(chunk)
+        if whole is not None:
+            whole.update(chunk)
         target.write(chunk)
-    return digest.hexdigest()
+        size += len(chunk)
+    return digest.hexdigest(), size

@@ -17,6 +17,7 @@ from xpert.storage import read_json, write_json
 __all__ = [
     "CARD_FILE",
     "EXEMPLARS_FILE",
+    "SCHEMA",
     "BaseModel",
     "Consistency",
     "ExpertCard",
@@ -26,6 +27,7 @@ __all__ = [
     "SkillScore",
 ]
 
+_MOST_BYTES = 16 << 20
 CARD_FILE = "expert.json"
 EXEMPLARS_FILE = "exemplars.jsonl"
 SCHEMA = 2
@@ -174,7 +176,7 @@ class ExpertCard:
             raise NotFound(
                 f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
             )
-        return cls.from_dict(read_json(path), where=str(path))
+        return cls.from_dict(read_json(path, most=_MOST_BYTES), where=str(path))
 
 
 def _profile(value: Mapping[str, Any]) -> SkillProfile:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
+from xpert.registry.content import check_stored
 from xpert.registry.versions import Record
 from xpert.storage import cache_folder, disk_errors, draft_folder, hash_file
 
@@ -50,8 +51,8 @@ def check_out_to_cache(blobs: BlobStore, record: Record, progress: Progress) -> 
 
 def is_sound(folder: Path, record: Record) -> bool:
     """Whether the folder holds exactly the version's files. Reads them all."""
-    if not folder.is_dir():
-        return False
+    if folder.is_symlink() or not folder.is_dir() or any(path.is_symlink() for path in folder.rglob("*")):
+        return False  # what a link leads to can be exchanged without the folder changing
     held = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
     return held.keys() == {file.path for file in record.files} and all(
         held[file.path].stat().st_size == file.size and hash_file(held[file.path]) == file.sha256
@@ -63,4 +64,5 @@ def _fill(blobs: BlobStore, record: Record, folder: Path) -> None:
     for file in record.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        blobs.copy(file.sha256, target, what=f"{record.version.ref}: {file.path}")
+        blobs.copy(file, target, what=f"{record.version.ref}: {file.path}")
+        check_stored(target, where=f"{record.version.ref}: {file.path}")

@@ -10,10 +10,18 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import orjson
 
 from xpert.errors import BadInput, Corrupt, Unavailable
+from xpert.registry.documents import Tag
+from xpert.registry.names import LATEST
 from xpert.registry.versions import Version
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Index", "search_words"]
 
@@ -32,13 +40,29 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX versions_by_kind ON versions (kind);
     CREATE TABLE removed (name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, version)) WITHOUT ROWID;
     """,
+    # Tags; which version `latest` means, kept since every list and search asks for it; when an owner's documents had
+    # last changed. The rows go: they are made anew from the records, with other words.
+    """
+    DELETE FROM versions;
+    DELETE FROM removed;
+    ALTER TABLE versions ADD COLUMN latest INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX versions_latest ON versions (name) WHERE latest;
+    CREATE TABLE tags (
+        name TEXT NOT NULL, tag TEXT NOT NULL, version INTEGER, through INTEGER NOT NULL, revision INTEGER NOT NULL,
+        moved TEXT NOT NULL, PRIMARY KEY (name, tag)
+    ) WITHOUT ROWID;
+    CREATE TABLE skills (skill TEXT NOT NULL, id INTEGER NOT NULL, PRIMARY KEY (skill, id)) WITHOUT ROWID;
+    CREATE TABLE vectors (
+        embedder TEXT NOT NULL, id INTEGER NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (embedder, id)
+    );
+    CREATE TABLE owners (owner TEXT PRIMARY KEY, changed INTEGER NOT NULL) WITHOUT ROWID;
+    """,
 )
 _WORD_TABLE = (
     "CREATE VIRTUAL TABLE words USING fts5(name, description, skills, tokenize='unicode61 remove_diacritics 2')"
 )
 _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, description, skills, scores, uses"
 _FIELDS = _COLUMNS.split(", ")
-_LATEST = "SELECT id FROM (SELECT id, max(version) FROM versions GROUP BY name)"
 
 
 class Index:
@@ -65,6 +89,18 @@ class Index:
             finally:
                 connection.close()
 
+    @staticmethod
+    def discard_damaged(path: Path) -> None:
+        """Removes an index that SQLite cannot read; one that it can stays."""
+        try:
+            with Index.open(path) as index:
+                sound = not index.unsound()
+        except Corrupt:
+            sound = False
+        if not sound:
+            for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+                file.unlink(missing_ok=True)
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One transaction that no other writer shares; undone where the block fails."""
@@ -76,10 +112,22 @@ class Index:
             raise
         self._db.execute("COMMIT")
 
-    def listing(self) -> dict[tuple[str, int], bool]:
+    # ── what it knows of the records ─────────────────────────────────────────────────────────────────────────────
+
+    def listing(self, owner: str | None = None) -> dict[tuple[str, int], bool]:
         """(name, version) -> whether it was removed, as `RecordFolder.listing` tells it."""
-        found = dict.fromkeys(self._db.execute("SELECT name, version FROM versions"), False)
-        return found | dict.fromkeys(self._db.execute("SELECT name, version FROM removed"), True)
+        where, given = ("", ()) if owner is None else (" WHERE name >= ? AND name < ?", (f"{owner}/", f"{owner}0"))
+        found = dict.fromkeys(self._db.execute(f"SELECT name, version FROM versions{where}", given), False)
+        return found | dict.fromkeys(self._db.execute(f"SELECT name, version FROM removed{where}", given), True)
+
+    def owners(self) -> dict[str, int]:
+        """Owner -> the time of change that `looked_at` noted."""
+        return dict(self._db.execute("SELECT owner, changed FROM owners"))
+
+    def looked_at(self, owner: str, changed: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, changed))
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, version: Version) -> None:
         row = (
@@ -92,19 +140,53 @@ class Index:
         if self.has_words:
             self._db.execute(
                 "INSERT INTO words (rowid, name, description, skills) VALUES (?, ?, ?, ?)",
-                (cursor.lastrowid, version.name, version.description, " ".join(version.skills)),
+                (cursor.lastrowid, version.name, version.description, " ".join(version.strengths)),
             )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO skills VALUES (?, ?)", [(skill, cursor.lastrowid) for skill in version.strengths]
+        )
+        self._settle_latest(version.name)
 
     def mark_removed(self, name: str, version: int) -> None:
         found = self._db.execute("SELECT id FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
         if found is not None:
+            for table in ("skills", "vectors"):
+                self._db.execute(f"DELETE FROM {table} WHERE id = ?", found)
             self._db.execute("DELETE FROM versions WHERE id = ?", found)
             if self.has_words:
                 self._db.execute("DELETE FROM words WHERE rowid = ?", found)
         self._db.execute("INSERT OR IGNORE INTO removed VALUES (?, ?)", (name, version))
+        self._settle_latest(name)
+
+    def set_tag(self, tag: Tag) -> None:
+        row = (tag.name, tag.tag, tag.version, tag.through, tag.revision, tag.moved)
+        self._db.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._settle_latest(tag.name)
+
+    def forget_all(self) -> None:
+        """Empties the index; it is then filled from the records again."""
+        for table in (
+            "versions",
+            "removed",
+            "tags",
+            "owners",
+            "skills",
+            "vectors",
+            *(("words",) if self.has_words else ()),
+        ):
+            self._db.execute(f"DELETE FROM {table}")
+
+    def _settle_latest(self, name: str) -> None:
+        latest = self.latest(name)
+        self._db.execute(
+            "UPDATE versions SET latest = 0 WHERE name = ? AND latest AND version IS NOT ?", (name, latest)
+        )
+        self._db.execute("UPDATE versions SET latest = 1 WHERE name = ? AND version = ? AND NOT latest", (name, latest))
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def names(self) -> list[str]:
-        return [name for (name,) in self._db.execute("SELECT DISTINCT name FROM versions ORDER BY name")]
+        return [name for (name,) in self._db.execute("SELECT name FROM versions WHERE latest ORDER BY name")]
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, oldest first."""
@@ -113,6 +195,31 @@ class Index:
     def all(self, *, kind: str | None = None) -> list[Version]:
         where, given = ("WHERE kind = ?", (kind,)) if kind else ("", ())
         return self._versions(f"{where} ORDER BY name, version", given)
+
+    def entries(self) -> list[tuple[Version, tuple[int, ...]]]:
+        """(the version that `latest` means, the numbers of all), by name."""
+        numbers: dict[str, list[int]] = {}
+        for name, number in self._db.execute("SELECT name, version FROM versions ORDER BY name, version"):
+            numbers.setdefault(name, []).append(number)
+        return [(latest, tuple(numbers[latest.name])) for latest in self._versions("WHERE latest ORDER BY name", ())]
+
+    def latest(self, name: str) -> int | None:
+        """The number that `latest` means: where it was moved to, or the newest where there is a newer one since."""
+        newest = self._db.execute("SELECT max(version) FROM versions WHERE name = ?", (name,)).fetchone()[0]
+        tag = self.tag(name, LATEST)
+        if newest is None or tag is None or tag.version is None or tag.through < newest:
+            return newest if newest is None else int(newest)
+        known = self._db.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", (name, tag.version))
+        return tag.version if known.fetchone() else int(newest)
+
+    def tag(self, name: str, tag: str) -> Tag | None:
+        row = self._db.execute("SELECT * FROM tags WHERE name = ? AND tag = ?", (name, tag)).fetchone()
+        return None if row is None else Tag(*row)
+
+    def tags(self, name: str | None = None) -> list[Tag]:
+        """All tags, of one name or of all; also those that point nowhere any more."""
+        where, given = ("", ()) if name is None else (" WHERE name = ?", (name,))
+        return [Tag(*row) for row in self._db.execute(f"SELECT * FROM tags{where} ORDER BY name, tag", given)]
 
     def clash(self, name: str) -> str | None:
         """A name that differs from `name`, or whose owner differs from its owner, by case only."""
@@ -132,17 +239,68 @@ class Index:
         """
         words = search_words(text)
         if not words:
-            return self._versions(f"WHERE id IN ({_LATEST}) ORDER BY name", ())
+            return self._versions("WHERE latest ORDER BY name", ())
         if self.has_words:
             query = " ".join(f'"{word}"*' for word in words)
             return self._versions(
-                f"JOIN words ON words.rowid = versions.id WHERE words MATCH ? AND id IN ({_LATEST})"
+                "JOIN words ON words.rowid = versions.id WHERE words MATCH ? AND latest"
                 " ORDER BY bm25(words, 4, 1, 2), versions.name",
                 (query,),
                 table="versions.",
             )
-        latest = self._versions(f"WHERE id IN ({_LATEST}) ORDER BY name", ())
+        latest = self._versions("WHERE latest ORDER BY name", ())
         return [version for version in latest if _matches(version, words)]
+
+    # ── skills and vectors ───────────────────────────────────────────────────────────────────────────────────────
+
+    def skill_names(self) -> list[str]:
+        """All skills that some version has, by the names that versions give them."""
+        return [skill for (skill,) in self._db.execute("SELECT DISTINCT skill FROM skills ORDER BY skill")]
+
+    def of_skills(self, skills: Iterable[str]) -> list[Version]:
+        """The latest versions that have one of these skills."""
+        wanted = json.dumps(sorted(skills))
+        return self._versions(
+            "WHERE latest AND id IN (SELECT id FROM skills WHERE skill IN (SELECT value FROM json_each(?)))", (wanted,)
+        )
+
+    def of_refs(self, refs: Sequence[str]) -> list[Version]:
+        """The versions `owner/name@3`, in the order given."""
+        found = self._versions("WHERE name || '@' || version IN (SELECT value FROM json_each(?))", (json.dumps(refs),))
+        by_ref = {version.ref: version for version in found}
+        return [by_ref[ref] for ref in refs if ref in by_ref]
+
+    def without_vector(self, embedder: str) -> list[Version]:
+        """The latest versions that have no vector of this embedder yet."""
+        return self._versions(
+            "WHERE latest AND id NOT IN (SELECT id FROM vectors WHERE embedder = ?) ORDER BY name", (embedder,)
+        )
+
+    def keep_vectors(self, embedder: str, versions: Sequence[Version], vectors: NDArray[np.float32]) -> None:
+        """vectors [n, d], of n versions; one that is no longer there is passed over."""
+        rows = [
+            (embedder, vector.astype("<f4").tobytes(), version.name, version.version)
+            for version, vector in zip(versions, vectors, strict=True)
+        ]
+        self._db.executemany(
+            "INSERT OR REPLACE INTO vectors SELECT ?, id, ? FROM versions WHERE name = ? AND version = ?", rows
+        )
+
+    def closest(self, embedder: str, vector: NDArray[np.float32], most: int) -> dict[str, float]:
+        """Ref -> cosine of the `most` latest versions closest to `vector` [d], the closest first. Time O(n d)."""
+        import numpy as np
+
+        rows = self._db.execute(
+            "SELECT versions.name || '@' || versions.version, vectors.vector FROM vectors"
+            " JOIN versions ON versions.id = vectors.id WHERE vectors.embedder = ? AND versions.latest",
+            (embedder,),
+        ).fetchall()
+        if not rows:
+            return {}
+        matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4").reshape(len(rows), -1)
+        cosines = matrix @ vector
+        order = np.argsort(-cosines, kind="stable")[:most]
+        return {rows[row][0]: float(cosines[row]) for row in order}
 
     def unsound(self) -> list[str]:
         """What SQLite's own check finds wrong, in its words."""
@@ -157,7 +315,7 @@ class Index:
 
 def _version(row: Sequence[Any]) -> Version:
     name, version, kind, digest, created, size, base, fingerprint, description, skills, scores, uses = row
-    lists = tuple(json.loads(skills)), json.loads(scores), tuple(json.loads(uses) if uses != "[]" else ())
+    lists = tuple(orjson.loads(skills)), orjson.loads(scores), tuple(orjson.loads(uses) if uses != "[]" else ())
     return Version(name, version, kind, digest, created, size, base, fingerprint, description, *lists)
 
 
@@ -168,7 +326,7 @@ def search_words(text: str) -> list[str]:
 
 
 def _matches(version: Version, words: Iterable[str]) -> bool:
-    held = search_words(" ".join((version.name, version.description, *version.skills)))
+    held = search_words(" ".join((version.name, version.description, *version.strengths)))
     return all(any(other.startswith(word) for other in held) for word in words)
 
 
@@ -189,7 +347,9 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, full_text: bool)
         for script in MIGRATIONS[at:]:
             for statement in script.split(";"):
                 connection.execute(statement)
-        if at == 0 and full_text and _has_fts5(connection):
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
+            connection.execute("DELETE FROM words")
+        elif at == 0 and full_text and _has_fts5(connection):
             connection.execute(_WORD_TABLE)
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     except BaseException:
@@ -234,6 +394,6 @@ def _database_errors(path: Path | None) -> Iterator[None]:
             raise Corrupt(
                 f"the index is damaged: {error}",
                 where=where,
-                hint="remove this file: it is made again from the records",
+                hint="`xpert registry rebuild` makes it again",
             ) from None
         raise

@@ -6,10 +6,9 @@ refused wherever they stand. Sizes are bounded before anything is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
-import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,25 +18,42 @@ from typing import Any
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
 from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card_schema import check_card
+from xpert.registry.content import MOST_TEXT, check_content, open_inside
+from xpert.registry.credentials import find_credentials
+from xpert.registry.cutting import describe_file
 from xpert.registry.names import parse_ref
+from xpert.registry.strict_json import parse_json
 from xpert.registry.tensor_header import read_tensor_header
 from xpert.registry.versions import StoredFile
-from xpert.storage import hash_file
 
-__all__ = ["GIB", "MIXTURE_FILE", "WEIGHTS_FILE", "Intake", "examine", "read_document"]
+__all__ = [
+    "GIB",
+    "MIXTURE_FILE",
+    "MOST_DOCUMENT",
+    "WEIGHTS_FILE",
+    "Content",
+    "Intake",
+    "examine",
+    "parse_json",
+    "read_document",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MIXTURE_FILE = "mixture.json"
+ROUTER_FILE = "gate.safetensors"
 GIB = 1 << 30
 
 _MOST_FILES = 1_000
-_MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
-_MOST_TEXT = 256 << 20  # bytes of any other text
-_TEXTS = frozenset({".json", ".jsonl", ".md", ".html", ".txt", ".jinja", ".yaml", ".yml"})
+MOST_DOCUMENT = 16 << 20  # bytes of a card, an adapter configuration or a mixture
 # People edit the model card by hand, and reports are drawn again: for the rest, the card's hashes must hold.
 _FREE = frozenset({".md", ".html"})
 _LEFT_OUT = re.compile(r"checkpoints?(-.*)?")
+
+
+Content = Path | bytes
+"""Where a file's content is: on disk, or here."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class Intake:
     """What was found: the files with where they lie, what the record says of them, and what was left out."""
 
     kind: str
-    files: tuple[tuple[Path, StoredFile], ...]
+    files: tuple[tuple[Content, StoredFile], ...]
     base: str
     base_fingerprint: str
     description: str
@@ -60,26 +76,34 @@ class Intake:
         return tuple(file for _, file in self.files)
 
 
-def examine(source: Path, *, max_bytes: int) -> Intake:
-    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound."""
+def examine(source: Path, *, max_bytes: int, allow_secret_like: bool = False) -> Intake:
+    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound.
+
+    A text in which something looks like a credential (see `credentials.py`) is unsound unless `allow_secret_like`.
+    """
     if source.is_dir():
-        return _examine_expert(source, max_bytes)
+        return _examine_expert(source, max_bytes, allow_secret_like)
     if source.is_file():
-        return _examine_mixture(source)
+        return _examine_mixture(source, allow_secret_like)
     raise NotFound("no such expert folder or mixture file", where=str(source))
 
 
-def _examine_expert(folder: Path, max_bytes: int) -> Intake:
+def _examine_expert(folder: Path, max_bytes: int, allow_secret_like: bool) -> Intake:
     if not (folder / CARD_FILE).is_file():
         raise NotFound(
             f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"
         )
     found, left_out = _gather(folder, max_bytes)
-    card = ExpertCard.from_dict(read_document(folder / CARD_FILE), where=str(folder / CARD_FILE))
-    files = []
+    document = read_document(folder / CARD_FILE)
+    check_card(document, str(folder / CARD_FILE))
+    card = ExpertCard.from_dict(document, where=str(folder / CARD_FILE))
+    files: list[tuple[Content, StoredFile]] = []
     for name, path in found:
-        _check_content(path)
-        files.append((path, StoredFile(name, path.stat().st_size, hash_file(path))))
+        with open_inside(folder, name) as stream:
+            judged = check_content(stream, path.suffix, where=str(path))
+        if judged.text is not None and not allow_secret_like:
+            _check_secrets(path, judged.text)
+        files.append((path, _described(path, name, judged.sha256)))
     _check_card(folder, card, {file.path: file.sha256 for _, file in files})
     profile = card.profile.skills if card.profile else {}
     return Intake(
@@ -94,6 +118,14 @@ def _examine_expert(folder: Path, max_bytes: int) -> Intake:
     )
 
 
+def _described(path: Path, name: str, sha256: str | None) -> StoredFile:
+    """The file as the record holds it; raises BadInput where it is no longer what was judged."""
+    stored = describe_file(path, name)
+    if stored.sha256 != sha256:
+        raise BadInput("changed while it was being published", where=str(path), hint="publish it again")
+    return stored
+
+
 def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple[str, ...]]:
     """(name inside the folder, path) of all files that travel, sorted, and the names of what stays behind."""
     found: list[tuple[str, Path]] = []
@@ -102,8 +134,8 @@ def _gather(folder: Path, max_bytes: int) -> tuple[list[tuple[str, Path]], tuple
     for path in _walk(folder, left_out):
         size = path.stat().st_size
         total += size
-        if path.suffix != ".safetensors" and size > _MOST_TEXT:
-            raise BadInput(f"a text of {size:,} bytes; the most is {_MOST_TEXT:,}", where=str(path))
+        if path.suffix != ".safetensors" and size > MOST_TEXT:
+            raise BadInput(f"a text of {size:,} bytes; the most is {MOST_TEXT:,}", where=str(path))
         found.append((path.relative_to(folder).as_posix(), path))
         if len(found) > _MOST_FILES:
             raise BadInput(
@@ -134,63 +166,14 @@ def _walk(folder: Path, left_out: list[Path]) -> Iterator[Path]:
             raise BadInput("not a plain file", where=str(path), hint="remove it from the folder")
 
 
-def _check_content(path: Path) -> None:
-    with open_plain(path) as stream:
-        start = stream.read(4096)
-        seems = _binary_kind(start)
-        if seems is not None:
-            raise BadInput(
-                f"refused: it is {seems}, whatever its name", where=str(path), hint="remove it from the folder"
-            )
-        if path.suffix == ".safetensors":
-            read_tensor_header(path)
-            return
-        if path.suffix not in _TEXTS:
-            raise BadInput(
-                "not a file of an expert, which are safetensors and text",
-                where=str(path),
-                hint=f"remove it; taken are .safetensors {' '.join(sorted(_TEXTS))}",
-            )
-        data = start + stream.read(_MOST_TEXT)
-    try:
-        text = data.decode()
-        if "\0" in text:
-            raise ValueError("it holds a NUL character")
-    except ValueError as error:
-        raise BadInput(f"not UTF-8 text: {error}", where=str(path), hint="remove it from the folder") from None
-    if _is_pickle(data):
-        raise BadInput("refused: it is a pickle, whatever its name", where=str(path), hint="remove it from the folder")
-    _check_json(path, text)
-
-
-def _check_json(path: Path, text: str) -> None:
-    lines = text.split("\n") if path.suffix == ".jsonl" else [text] if path.suffix == ".json" else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() or path.suffix == ".json":
-                json.loads(line)
-        except (ValueError, RecursionError) as error:
-            place = f" in line {number}" if path.suffix == ".jsonl" else ""
-            raise Corrupt(f"not valid JSON{place}: {error}", where=str(path)) from None
-
-
-def _binary_kind(start: bytes) -> str | None:
-    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "a pickle"
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "a zip archive (as torch.save writes its pickles)"
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd" or start[257:262] == b"ustar":
-        return "an archive"
-    return None
-
-
-def _is_pickle(data: bytes) -> bool:
-    """True where the bytes run through as a pickle program, as those of the old text protocols do."""
-    try:
-        *_, (last, _, _) = pickletools.genops(data)
-    except Exception:  # whatever ails the parser: these bytes are no pickle
-        return False
-    return len(data) > 1 and last.name == "STOP"
+def _check_secrets(path: Path, text: str) -> None:
+    # Neither the error nor a log may hold what was found.
+    for found in find_credentials(text):
+        raise BadInput(
+            f"line {found.line:,} holds what looks like {found.kind}",
+            where=str(path),
+            hint="take it out and revoke it, or publish with --allow-secret-like if it is none",
+        )
 
 
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
@@ -199,14 +182,6 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
     for name in (WEIGHTS_FILE, ADAPTER_FILE):
         if name not in hashes:
             raise NotFound(f"the expert has no {name}", where=str(folder), hint="`xpert train` writes it")
-    if not isinstance(card.base.ref, str) or not isinstance(card.base.fingerprint, str) or not card.base.fingerprint:
-        raise Corrupt("the card does not say which base model the expert belongs to", where=where)
-    if not isinstance(card.description, str) or not all(isinstance(skill, str) for skill in card.skills):
-        raise Corrupt("the card's description and skills are not texts", where=where)
-    for skill, score in card.profile.skills.items() if card.profile else ():
-        value = score.expert.score
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise Corrupt(f"the score of {skill} is not a number", where=where)
     for name, sha256 in card.files.items():
         if Path(name).suffix in _FREE or name == CARD_FILE:
             continue
@@ -221,10 +196,29 @@ def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> No
         raise BadInput("not the configuration of a LoRA adapter", where=str(folder / ADAPTER_FILE))
     if not read_tensor_header(folder / WEIGHTS_FILE):
         raise Corrupt("holds no tensors", where=str(folder / WEIGHTS_FILE))
+    _check_prototypes(folder, card, hashes)
 
 
-def _examine_mixture(path: Path) -> Intake:
+def _check_prototypes(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:
+    """Each entry must name a tensor that is there and has a row for every label."""
+    for part in card.prototypes:
+        path = folder / part.file
+        if part.file not in hashes or path.suffix != ".safetensors":
+            raise Corrupt(f"the card's prototypes are to lie in {part.file!r}, which is not there", where=str(folder))
+        entry = read_tensor_header(path).get(part.tensor)
+        if entry is None or entry.dtype != "F32" or entry.shape != (len(part.labels), part.dimensions):
+            raise Corrupt(
+                f"holds no prototypes of {part.embedder!r} as the card describes them",
+                where=str(path),
+                hint="make them again with `xpert prototypes`",
+            )
+
+
+def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
     document = read_document(path)
+    if not allow_secret_like:
+        with open_plain(path) as stream:
+            _check_secrets(path, stream.read(MOST_DOCUMENT + 1).decode("utf-8", "replace"))
     if not isinstance(document, dict) or document.get("kind") != "mixture":
         raise BadInput(
             "not a mixture", where=str(path), hint="`xpert mix` writes one; an expert is given as its folder"
@@ -249,10 +243,16 @@ def _examine_mixture(path: Path) -> Intake:
         fingerprints.append(str(entry.get("fingerprint") or ""))
     base = document.get("base")
     base = base if isinstance(base, dict) else {}
-    stored = StoredFile(MIXTURE_FILE, path.stat().st_size, hash_file(path))
+    router_file = _router_file(path, document)
+    # Where the experts came from is a path of the publisher's machine; here they come from this registry.
+    plain = {key: value for key, value in document.items() if key != "registry"}
+    if router_file is not None:
+        plain["gate"] = {**plain["gate"], "file": f"./{router_file[1].path}"}
+    content = (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    stored = StoredFile(MIXTURE_FILE, len(content), hashlib.sha256(content).hexdigest())
     return Intake(
         kind="mixture",
-        files=((path, stored),),
+        files=((content, stored), *((router_file,) if router_file is not None else ())),
         base=str(base.get("ref") or ""),
         base_fingerprint=str(base.get("fingerprint") or ""),
         description=str(document.get("description") or ""),
@@ -263,13 +263,31 @@ def _examine_mixture(path: Path) -> Intake:
     )
 
 
+def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFile] | None:
+    """The file of a trained router, as the gate of a mixture names it; checked like an expert's weights."""
+    gate = mixture.get("gate")
+    if not isinstance(gate, dict) or gate.get("file") is None:
+        return None
+    name = gate["file"]
+    if not isinstance(name, str):
+        raise Corrupt("the mixture's gate names no file", where=str(path))
+    file = path.resolve().parent / name
+    if not file.is_file():
+        raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
+    if file.suffix != ".safetensors":
+        raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
+    with open_plain(file) as stream:
+        judged = check_content(stream, file.suffix, where=str(file))
+    stored = _described(file, ROUTER_FILE, judged.sha256)
+    if gate.get("fingerprint") not in (None, stored.sha256):
+        raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
+    return file, stored
+
+
 def read_document(path: Path) -> Any:
     """A small JSON file, its size bounded before it is read; raises BadInput or Corrupt."""
-    size = path.stat().st_size
-    if size > _MOST_DOCUMENT:
-        raise BadInput(f"{size:,} bytes; the most is {_MOST_DOCUMENT:,}", where=str(path))
-    try:
-        with open_plain(path) as stream:
-            return json.loads(stream.read(_MOST_DOCUMENT + 1))
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
+    with open_plain(path) as stream:
+        data = stream.read(MOST_DOCUMENT + 1)
+    if len(data) > MOST_DOCUMENT:
+        raise BadInput(f"more than {MOST_DOCUMENT:,} bytes", where=str(path))
+    return parse_json(data, where=str(path))

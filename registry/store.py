@@ -1,14 +1,15 @@
 """The registry: a folder in which experts and mixtures have names, immutable versions, and files that prove themselves.
 
     registry.json       what this folder is
-    blobs/              files by sha256               (blobs.py)
-    records/            one JSON file a version       (versions.py)
-    index.sqlite        made from the records         (index.py)
+    blobs/              files, or their parts, by sha256     (blobs.py, cutting.py)
+    blobs/documents/    a copy of every document, by sha256
+    records/            the documents, by name               (documents.py, record_folder.py)
+    index.sqlite        made from the records                (index.py)
     drafts/             files under way
 
-Order of writing: blobs, then the record, then the index. A process may die between any two steps: a blob without a
-record is litter for `gc`, a record without an index row is indexed when the registry is next opened. Numbers are given
-out, and things are removed, inside the index's one writing transaction.
+Order of writing: blobs, then the record, then its copy, then the index. A process may die between any two steps: a blob
+without a record is litter for `gc`, a record without a copy or an index row gets them when the registry is next opened.
+Numbers are given out, tags are moved and things are removed inside the index's one writing transaction.
 """
 
 from __future__ import annotations
@@ -16,40 +17,52 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import functools
+import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError, nearest
 from xpert.progress import SILENT, Progress
-from xpert.registry.blobs import BlobStore, Drafts
+from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
-from xpert.registry.index import Index, search_words
-from xpert.registry.intake import GIB, MIXTURE_FILE, WEIGHTS_FILE, Intake, examine, read_document
-from xpert.registry.names import LATEST, Ref, check_name, default_registry, parse_ref, registry_folder
+from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
+from xpert.registry.index import Index
+from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
+from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
+from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
+from xpert.registry.record_folder import RecordFolder
+from xpert.registry.searching import Hit, Query, find, open_fixed_embedder, text_of
+from xpert.registry.signatures import Signature, SignatureList
+from xpert.registry.signing_keys import SigningKey
 from xpert.registry.soundness import Problem, problems
-from xpert.registry.versions import Record, RecordFolder, StoredFile, Version, content_digest
+from xpert.registry.standing import refusals
+from xpert.registry.taxonomy import Taxonomy
+from xpert.registry.trust import TrustList
+from xpert.registry.versions import Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, read_json, write_json
 
-__all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Registry", "Version", "default_registry"]
+__all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Rebuilt", "Registry", "Version", "default_registry"]
 
 MARK = "registry.json"
-SCHEMA = 1
+INDEX = "index.sqlite"
 MAX_GIB = 4.0
+_SETTLED_SECONDS = 2.0
+"""A folder changed this lately may change again without its time of change telling: it is looked at once more."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name: its latest version, and the numbers of all."""
+    """One name: the version that `latest` means, the numbers of all, and where its tags point."""
 
     latest: Version
     versions: tuple[int, ...]
+    tags: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,15 +73,7 @@ class Details:
     files: tuple[StoredFile, ...]
     document: dict[str, Any]
     versions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A version that a search found, with its best skill among those asked for, where it has a profile."""
-
-    version: Version
-    skill: str | None
-    score: float | None
+    tags: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,45 +95,74 @@ class Registry:
         self._may_be_absent = location is None
         self.folder = default_registry() if location is None else registry_folder(location)
         drafts = Drafts(self.folder / "drafts")
-        self._drafts = drafts
-        self._blobs = BlobStore(self.folder / "blobs", drafts)
-        self._records = RecordFolder(self.folder / "records", drafts)
+        self.drafts = drafts
+        self.blobs = BlobStore(self.folder / "blobs", drafts)
+        self.records = RecordFolder(self.folder / "records", drafts, BlobStore(self.blobs.folder / DOCUMENTS, drafts))
+
+    @property
+    def location(self) -> str:
+        """What opens this registry again, as shown to users and written into mixtures."""
+        return str(self.folder.resolve())
+
+    @property
+    def notice(self) -> str | None:
+        """What a user should know before reading its answers."""
+        return None
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def publish(
-        self, source: str | Path, name: str, *, max_gib: float = MAX_GIB, progress: Progress = SILENT
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        tags: Sequence[str] = (),
+        latest: bool = True,
+        max_gib: float = MAX_GIB,
+        allow_secret_like: bool = False,
+        progress: Progress = SILENT,
     ) -> Version:
-        """Files an expert folder or a mixture file under `owner/name` as its next version.
+        """Files an expert folder or a mixture file under `owner/name` as its next version, and moves `tags` to it.
 
         Content that the name has already is not published again: its version is returned, with `repeated` set.
-        Raises BadInput or Corrupt for anything that may not enter (see `intake.py`), and for a mixture whose experts
-        are not all in this registry. Cost: each file is read twice and written once.
+        Without `latest`, that tag stays where it is. Raises BadInput or Corrupt for anything that may not enter (see
+        `intake.py`), and for a mixture whose experts are not all in this registry. Cost: each file is read twice and
+        written once.
         """
         check_name(name)
-        intake = examine(Path(source), max_bytes=int(max_gib * GIB))
+        for tag in tags:
+            check_tag(tag)
+        intake = examine(Path(source), max_bytes=int(max_gib * GIB), allow_secret_like=allow_secret_like)
         if intake.left_out:
             progress.say(f"left out: {', '.join(intake.left_out)}")
         with disk_errors(self.folder):
             self._make()
-            for path, file in intake.files:
-                self._blobs.put(path, file.sha256)
-            with self._open() as index, index.writing():
-                version = self._file(index, intake, name)
+            for content, file in intake.files:
+                self.blobs.put(content, file)
+            version = self._enter(intake, name, tags, stay=not latest, progress=progress)
         if version.repeated:
             progress.say(f"this content is published already, as {version.ref}")
         return version
 
-    def _file(self, index: Index, intake: Intake, name: str) -> Version:
+    def _enter(self, intake: Intake, name: str, tags: Sequence[str], *, stay: bool, progress: Progress) -> Version:
+        """Makes what was examined, and whose contents are stored, a version with its tags."""
+        with self._opened() as index, index.writing():
+            version = self._file(index, intake, name, stay=stay)
+            for tag in tags:
+                self._move(index, version, tag)
+        return version
+
+    def _file(self, index: Index, intake: Intake, name: str, *, stay: bool) -> Version:
         """Inside the writing transaction: gives out the number, writes the record, adds it to the index."""
-        self._follow(index, name)
+        self._follow(index, name.partition("/")[0])
         clash = index.clash(name)
         if clash is not None:
             raise BadInput(f"{name} differs from the published {clash} by case only", hint="choose another name")
         digest = content_digest(intake.stored)
         published = index.versions(name)
         for earlier in published:
-            if earlier.digest == digest and self._records.path(name, earlier.version).is_file():
+            if earlier.digest == digest and self.records.record_path(name, earlier.version).is_file():
+                self.records.keep_copy(DocumentName(name, "record", earlier.version))
                 return dataclasses.replace(earlier, repeated=True)
         if published and published[-1].kind != intake.kind:
             raise BadInput(
@@ -136,17 +170,17 @@ class Registry:
                 hint="choose another name",
             )
         skills = intake.skills if intake.kind == "expert" else self._check_uses(index, intake)
-        for path, file in intake.files:
-            if not self._blobs.path(file.sha256).is_file():  # a `gc` ran since it was put there
-                self._blobs.put(path, file.sha256)
-        known = index.listing()
-        taken = [*self._records.numbers(name), *(number for other, number in known if other == name)]
+        for content, file in intake.files:
+            if not self.blobs.holds(file):  # a `gc` ran since it was put there
+                self.blobs.put(content, file)
+        owner = name.partition("/")[0]
+        taken = [number for other, number in index.listing(owner) if other == name]
         version = Version(
             name=name,
-            version=max(taken, default=0) + 1,
+            version=max([*self.records.numbers(name), *taken], default=0) + 1,
             kind=intake.kind,
             digest=digest,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=_now(),
             size=sum(file.size for file in intake.stored),
             base=intake.base,
             base_fingerprint=intake.base_fingerprint,
@@ -155,9 +189,123 @@ class Registry:
             scores=intake.scores,
             uses=intake.uses,
         )
-        self._records.add(Record(version, intake.stored))
-        index.add(version)
+        if stay and published:
+            self._move(index, published[-1], LATEST, to=index.latest(name), through=version.version)
+        record = self._commit(Record(version, intake.stored))
+        index.add(record.version)
+        return record.version
+
+    def _commit(self, record: Record) -> Record:
+        """Makes a version count. Inside the writing transaction."""
+        self.records.add(record)
+        return record
+
+    def adopt(self, record: Record, folder: Path, *, progress: Progress = SILENT) -> bool:
+        """Files a version of another registry, its files lying in `folder`, under its own number and record.
+
+        False where it is here already. What may enter is examined as by `publish`. Raises BadInput where its number is
+        taken by another content or by a removed version, Corrupt where the folder is not what the record says.
+        """
+        version = record.version
+        intake = examine(folder if version.kind == "expert" else folder / MIXTURE_FILE, max_bytes=2 * version.size)
+        if content_digest(intake.stored) != version.digest:
+            raise Corrupt("holds other files than the record says", where=version.ref)
+        with disk_errors(self.folder):
+            self._make()
+            for file in record.files:
+                self.blobs.put(folder / file.path, file)
+            with self._opened() as index, index.writing():
+                if self._has(index, record):
+                    return False
+                if version.kind == "mixture":
+                    self._check_uses(index, intake)
+                index.add(self._commit(record).version)
+        return True
+
+    def _has(self, index: Index, record: Record) -> bool:
+        """Whether the very version is here; raises BadInput where something else bears its name or number."""
+        version = record.version
+        self._follow(index, version.name.partition("/")[0])
+        clash = index.clash(version.name)
+        if clash is not None:
+            raise BadInput(f"{version.name} differs from {clash} in {self.location} by case only")
+        here = self.records.numbers(version.name).get(version.version)
+        if here is None:
+            published = index.versions(version.name)
+            if published and published[-1].kind != version.kind:
+                kind = _one(published[-1].kind)
+                raise BadInput(f"{version.name} is the name of {kind} in {self.location}, not of {_one(version.kind)}")
+            return False
+        if here:
+            raise BadInput(f"{version.ref} was removed from {self.location}; its number is not given out again")
+        if self.records.read(version.name, version.version).version.digest != version.digest:
+            raise BadInput(
+                f"{version.ref} has another content in {self.location}",
+                hint="pull it, and publish it there as the next version",
+            )
+        return True
+
+    def take_over(self, signatures: SignatureList) -> None:
+        """Adds the signatures that a version has in another registry; raises NotFound where the version is not here."""
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, Ref(signatures.name, signatures.version))
+            self._sign(version, signatures)
+
+    def fetch(self, record: Record, files: Sequence[StoredFile] | None = None, progress: Progress = SILENT) -> None:
+        """Sees to it that files of a version (None: all) are among the blobs. In a folder they always are."""
+
+    def tag(self, ref: str, tag: str) -> Version:
+        """Moves a tag to a version and returns that version; raises NotFound where there is none such."""
+        check_tag(tag)
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, parse_ref(ref))
+            self._move(index, version, tag)
         return version
+
+    def untag(self, name: str, tag: str) -> None:
+        """Takes a tag away; `latest` then follows the newest version again. Raises NotFound where there is no tag."""
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, Ref(check_name(name)))
+            known = index.tag(name, check_tag(tag))
+            if known is None or known.version is None:
+                raise NotFound(f"{name} has no tag {tag!r}", hint=_tags_hint(index, name))
+            self._move(index, version, tag, to=None)
+
+    def _move(self, index: Index, version: Version, tag: str, *, to: int | None = -1, through: int = 0) -> None:
+        """Writes where a tag points: to `version` unless `to` says otherwise (None: nowhere any more)."""
+        known = index.tag(version.name, tag)
+        target = version.version if to == -1 else to
+        newest = max([through, *(v.version for v in index.versions(version.name))])
+        if known is not None and (known.version, known.through) == (target, newest):
+            return
+        revision = known.revision + 1 if known is not None else 1
+        moved = Tag(version.name, tag, target, newest, revision, _now())
+        self._write(moved.document, document_bytes(moved.to_dict()))
+        index.set_tag(moved)
+
+    def sign(self, ref: str, key: SigningKey) -> Version:
+        """Adds a signature to a version, and returns that version. Signing again changes nothing.
+
+        Signed is what the record says: whoever vouches for a version has looked at its content before.
+        """
+        with disk_errors(self.folder), self._open() as index, index.writing():
+            version = self._resolve(index, parse_ref(ref))
+            self._sign(version, SignatureList(version.name, version.version, (key.sign(self._read(version)),)))
+        return version
+
+    def _sign(self, version: Version, more: SignatureList) -> None:
+        known = self.records.read_signatures(version.name, version.version)
+        merged = known.merged(more)
+        if merged.signatures != known.signatures:
+            self._write(DocumentName(version.name, "signatures", version.version), merged.to_bytes())
+
+    def _write(self, document: DocumentName, data: bytes) -> None:
+        """Creates or replaces a document that is no record. Inside the writing transaction."""
+        self.records.replace(document, data)
+
+    def _withdraw(self, version: Version) -> None:
+        """Marks a version as removed. Inside the writing transaction."""
+        self.records.remove(version.name, version.version)
 
     def _check_uses(self, index: Index, intake: Intake) -> tuple[str, ...]:
         """The skills of a mixture's experts; raises where one is not here or is not what the mixture says."""
@@ -173,12 +321,12 @@ class Registry:
                     f"the mixture means another content of {ref} than this registry holds",
                     hint="assemble the mixture again with `xpert mix`",
                 )
-            skills |= dict.fromkeys(expert.skills)
+            skills |= dict.fromkeys(expert.strengths)
         return tuple(skills)
 
     def _fingerprints(self, expert: Version) -> set[str]:
         """What a mixture may name an expert's content by: the version's digest, or the sha256 of its weights."""
-        files = self._records.read(expert.name, expert.version).files
+        files = self.records.read(expert.name, expert.version).files
         return {expert.digest, *(file.sha256 for file in files if file.path == WEIGHTS_FILE)}
 
     def remove(self, ref: str, *, force: bool = False) -> list[Version]:
@@ -199,35 +347,72 @@ class Registry:
                     hint="remove that mixture first, or use --force",
                 )
             for version in gone:
-                self._records.remove(version.name, version.version)
+                self._withdraw(version)
                 index.mark_removed(version.name, version.version)
+            for tag in index.tags(wanted.name):
+                if tag.version is not None and f"{tag.name}@{tag.version}" in refs:
+                    self._move(index, latest, tag.tag, to=None, through=tag.through)
         return gone
 
     def gc(self, *, dry_run: bool = False) -> Garbage:
-        """Removes the blobs that no version needs, and drafts of processes that have ended.
+        """Removes the blobs that no version needs, documents that are no longer in force, and drafts of processes that
+        have ended.
 
-        Raises Corrupt where a record cannot be read: what it needs would then be unknown.
+        Raises Corrupt where a record is lost or cannot be read: what it needs would then be unknown.
         """
         with disk_errors(self.folder), self._open() as index, index.writing():
-            on_disk = self._records.listing()
-            lost = [key for key, removed in index.listing().items() if not removed and key not in on_disk]
-            if lost:
-                name, number = lost[0]
-                raise Corrupt(
-                    f"the record of {name}@{number} is missing, so its files are unknown",
-                    where=str(self.folder),
-                    hint="restore it, or `xpert registry remove` that version",
-                )
+            self._refuse_lost(index)
             needed: set[str] = set()
-            for (name, number), removed in on_disk.items():
-                if not removed:
-                    needed.update(file.sha256 for file in self._records.read(name, number).files)
-            garbage = [path for sha256, path in self._blobs.all() if sha256 and sha256 not in needed]
-            garbage += self._drafts.stale()
+            in_force: set[str] = set()
+            ended: builtins.list[Path] = []
+            for document in self.records.documents():
+                if document.kind in ("record", "signatures"):
+                    assert document.version is not None
+                    if self.records.removed(document.name, document.version):
+                        ended.append(self.records.path(document))  # its remover died after the mark
+                        continue
+                if document.kind == "record":
+                    assert document.version is not None
+                    for file in self.records.read(document.name, document.version).files:
+                        needed.update(part.sha256 for part in file.blobs)
+                in_force.add(hashlib.sha256(self.records.read_bytes(document)).hexdigest())
+            garbage = [path for sha256, path in self.blobs.all() if sha256 and sha256 not in needed]
+            garbage += [path for sha256, path in self.records.copies.all() if sha256 and sha256 not in in_force]
+            garbage += [*ended, *self.drafts.stale()]
             size = sum(path.lstat().st_size for path in garbage)
             for path in garbage if not dry_run else ():
                 path.unlink(missing_ok=True)
         return Garbage(len(garbage), size)
+
+    def _refuse_lost(self, index: Index) -> None:
+        on_disk = self.records.listing()
+        lost = [key for key, removed in index.listing().items() if not removed and key not in on_disk]
+        lost += lost_documents(self.records)
+        if lost:
+            name, number = lost[0]
+            raise Corrupt(
+                f"the record of {name}@{number} is missing, so its files are unknown",
+                where=self.location,
+                hint="bring it back with `xpert registry rebuild`, or `xpert registry remove` that version",
+            )
+
+    def rebuild(self, progress: Progress = SILENT) -> Rebuilt:
+        """Makes `records/` and the index again from the blobs alone.
+
+        Documents that are there and sound stay, and get the copies they lack; a damaged or missing one is brought back
+        from its copy. Cost: reads every document twice, no content.
+        """
+        if not self.records.copies.folder.is_dir() and not (self.folder / MARK).is_file():
+            raise NotFound("there is no registry", where=str(self.folder), hint="`registry publish` makes one")
+        with disk_errors(self.folder):
+            if not (self.folder / MARK).is_file():
+                write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA})
+            Index.discard_damaged(self.folder / INDEX)
+            with Index.open(self.folder / INDEX) as index, index.writing():
+                rebuilt = restore_names(self.records, progress)
+                index.forget_all()
+                self._follow(index)
+        return rebuilt
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -239,75 +424,132 @@ class Registry:
     def list(self) -> Sequence[Entry]:
         """All names, sorted."""
         with self._open() as index:
-            every = index.all()
-        names: dict[str, builtins.list[Version]] = {}
-        for version in every:
-            names.setdefault(version.name, []).append(version)
-        return [Entry(found[-1], tuple(v.version for v in found)) for found in names.values()]
+            tags: dict[str, dict[str, int]] = {}
+            for tag in index.tags():
+                if tag.version is not None:
+                    tags.setdefault(tag.name, {})[tag.tag] = tag.version
+            return [
+                Entry(latest, numbers, {**tags.get(latest.name, {}), LATEST: latest.version})
+                for latest, numbers in index.entries()
+            ]
+
+    def numbers(self, name: str) -> Sequence[int]:
+        """The numbers of all versions of a name; raises NotFound for one that is not published."""
+        with self._open() as index:
+            self._resolve(index, Ref(check_name(name)))
+            return [version.version for version in index.versions(name)]
+
+    def tags(self, name: str) -> Mapping[str, int]:
+        """Tag -> version number; `latest` is always among them. Raises NotFound for a name that is not published."""
+        with self._open() as index:
+            self._resolve(index, Ref(check_name(name)))
+            return _tags(index, name)
+
+    def record(self, ref: str | Ref) -> Record:
+        """The record of a version, which names its files; raises Corrupt where it is damaged."""
+        return self._read(self.resolve(ref))
 
     def show(self, ref: str) -> Details:
         """A version's record and document; raises Corrupt where either is damaged."""
         with self._open() as index:
             version = self._resolve(index, parse_ref(ref))
             numbers = tuple(other.version for other in index.versions(version.name))
-        return self._details(version, numbers)
+            tags = _tags(index, version.name)
+        return self._details(version, numbers, tags)
 
     def survey(self) -> Iterator[tuple[Version, Details | XpertError]]:
         """Every version, by name and number, with what `show` tells of it, or the error that `show` would raise."""
         with self._open() as index:
             every = index.all()
+            tags = {version.name: _tags(index, version.name) for version in every}
         numbers: dict[str, builtins.list[int]] = {}
         for version in every:
             numbers.setdefault(version.name, []).append(version.version)
         for version in every:
             try:
-                yield version, self._details(version, tuple(numbers[version.name]))
+                yield version, self._details(version, tuple(numbers[version.name]), tags[version.name])
             except XpertError as error:
                 yield version, error
 
-    def _details(self, version: Version, numbers: tuple[int, ...]) -> Details:
+    def _details(self, version: Version, numbers: tuple[int, ...], tags: Mapping[str, int]) -> Details:
         record = self._read(version)
         name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
-        sha256 = next(file.sha256 for file in record.files if file.path == name)
-        problem = self._blobs.problem(sha256)
-        if problem:
-            raise Corrupt(f"{name} is {problem}", where=version.ref)
-        return Details(version, record.files, read_document(self._blobs.path(sha256)), numbers)
+        file = next(file for file in record.files if file.path == name)
+        where = f"{version.ref}: {name}"
+        document = parse_json(self.blobs.read(file, most=MOST_DOCUMENT, what=where), where=where)
+        return Details(version, record.files, document, numbers, tags)
 
-    def pull(self, ref: str | Ref, out: Path | None = None, *, progress: Progress = SILENT) -> Path:
+    @final
+    def pull(
+        self,
+        ref: str | Ref,
+        out: Path | None = None,
+        *,
+        require_signature: bool = False,
+        progress: Progress = SILENT,
+    ) -> Path:
         """Copies a version out, every file checked against its sha256, and returns the folder.
 
-        Without `out` the folder lies in the cache under the content's digest; a sound one there is used again.
-        Raises Corrupt where a file is missing or damaged, BadInput where `out` exists.
+        Without `out` the folder lies in the cache under the content's digest; a sound one there is used again. Raises
+        Corrupt where a file is missing or damaged or a signature does not match, BadInput where `out` exists or the
+        trust list refuses the version; with `require_signature` it refuses whatever no trusted key signed.
         """
-        version = self.resolve(ref)
-        record = self._read(version)
-        if out is None:
-            return check_out_to_cache(self._blobs, record, progress)
-        return check_out(self._blobs, record, Path(out))
+        record = self.record(ref)
+        TrustList.read().enforce(record, self.signatures_of(record), required=require_signature)
+        return self._take_out(record, out, progress)
 
-    def search(self, text: str = "", *, base: str | None = None, min_score: float | None = None) -> Sequence[Hit]:
+    def _take_out(self, record: Record, out: Path | None, progress: Progress) -> Path:
+        """What is left of `pull` once the version is let through."""
+        if out is None:
+            return check_out_to_cache(self.blobs, record, progress)
+        return check_out(self.blobs, record, Path(out))
+
+    def signatures_of(self, record: Record) -> Sequence[Signature]:
+        """Who signed a version; whether they match, and whom to trust, is for `TrustList.judge` to say."""
+        return self.records.read_signatures(record.version.name, record.version.version).signatures
+
+    def refused(self) -> Sequence[Problem]:
+        """The versions that `pull` would refuse for their signatures, or for lack of them, and why."""
+        with self._open():
+            return refusals(self.records, TrustList.read())
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        base: str | None = None,
+        kind: str | None = None,
+        min_score: float | None = None,
+        taxonomy: Taxonomy | None = None,
+        embedder: str | None = None,
+        limit: int | None = None,
+        device: str = "auto",
+        progress: Progress = SILENT,
+    ) -> Sequence[Hit]:
         """The latest versions whose name, description or skills hold all words of `text` (their beginnings suffice).
 
-        `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a skill with at
-        least that score: one that a word of `text` names, or any skill where none is named.
+        With a `taxonomy` also those with a skill that `text` means in it; with an `embedder` (`minilm`, `st:NAME`) also
+        the hundred whose descriptions are closest to it, where vectors that the index lacks are made first (see
+        `searching.py`). `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a
+        skill with at least that score: one that `text` names or means, or any skill where it names none.
         """
+        query = Query(text, base=base, kind=kind, min_score=min_score, limit=limit, taxonomy=taxonomy)
+        if embedder is None or not text.strip():
+            with self._open() as index:
+                return find(index, query, None)
+        opened = open_fixed_embedder(embedder, device=device)
         with self._open() as index:
-            found = index.search(text)
-        words = search_words(text)
-        hits = []
-        for version in found:
-            if base is not None and base != version.base and not _begins(version.base_fingerprint, base):
-                continue
-            skill, score = _best_skill(version, words)
-            if min_score is None or (score is not None and score >= min_score):
-                hits.append(Hit(version, skill, score))
-        return hits
+            missing = index.without_vector(opened.identity)
+            if missing:
+                vectors = opened.embed([text_of(version) for version in missing], progress)
+                with index.writing():
+                    index.keep_vectors(opened.identity, missing, vectors)
+            return find(index, query, opened.embed([text])[0], opened.identity)
 
     def verify(self, progress: Progress = SILENT) -> Sequence[Problem]:
         """Reads every file of the registry and tells what is unsound; an empty answer means that all is well."""
         with self._open() as index:
-            return problems(self.folder, self._blobs, self._records, index, progress)
+            return problems(self.folder, self.blobs, self.records, index, progress)
 
     # ── within ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -322,6 +564,10 @@ class Registry:
     def _only_drafts(self) -> bool:
         return self.folder.is_dir() and all(path.name.startswith(f".{MARK}.draft-") for path in self.folder.iterdir())
 
+    def _opened(self) -> AbstractContextManager[Index]:
+        """The index after `_make`, which has brought everything up to date."""
+        return self._open()
+
     @contextmanager
     def _open(self) -> Iterator[Index]:
         """The index, brought up to date with the records."""
@@ -334,39 +580,84 @@ class Registry:
             with Index.open(None) as index:
                 yield index
             return
-        value = read_json(mark)
-        if not isinstance(value, dict) or value.get("kind") != "registry" or not isinstance(value.get("schema"), int):
-            raise Corrupt("not the mark of a registry", where=str(mark))
-        if value["schema"] > SCHEMA:
-            raise BadInput(f"made by a newer xpert (schema {value['schema']})", where=str(mark), hint="upgrade xpert")
+        schema = _schema(mark)
         # A registry that may only be read, as on a shared disk, gets an index in memory.
-        path = self.folder / "index.sqlite" if os.access(self.folder, os.W_OK) else None
-        with Index.open(path) as index:
-            if self._records.listing() != index.listing():
+        writable = os.access(self.folder, os.W_OK)
+        with Index.open(self.folder / INDEX if writable else None) as index:
+            if schema < SCHEMA and writable:
+                self._upgrade(index, mark)
+            changed = self._changed(index)
+            if changed:
                 with index.writing():
-                    self._follow(index)
+                    for owner in changed:
+                        self._follow(index, owner)
             yield index
 
-    def _follow(self, index: Index, name: str | None = None) -> None:
-        """Brings into the index what the records hold and it does not. Damaged records are left to `verify`."""
-        known = index.listing()
-        if name is None:
-            on_disk = self._records.listing()
-        else:
-            on_disk = {(name, number): removed for number, removed in self._records.numbers(name).items()}
-        for key, removed in on_disk.items():
-            if known.get(key) == removed:
-                continue
-            if removed:
-                index.mark_removed(*key)
-            elif key not in known:
-                with contextlib.suppress(Corrupt):
-                    index.add(self._records.read(*key).version)
+    def _upgrade(self, index: Index, mark: Path) -> None:
+        """Schema 1 had no copies of documents, and a removed version's mark was its old record under another name."""
+        with index.writing():
+            if _schema(mark) == SCHEMA:
+                return
+            for document in self.records.documents():
+                if document.kind == "removed":
+                    assert document.version is not None
+                    self.records.remove(document.name, document.version)
+                else:
+                    self.records.keep_copy(document)
+            write_json(mark, {"kind": "registry", "schema": SCHEMA})
+
+    def _changed(self, index: Index) -> builtins.list[str]:
+        """The owners among whose documents something came, went or moved since the index looked at them."""
+        known = index.owners()
+        found = {owner: at for owner, at in self.records.owners().items() if known.get(owner) != at}
+        return [owner for owner, at in found.items() if _is_settled(at) or self._differs(index, owner)]
+
+    def _differs(self, index: Index, owner: str) -> bool:
+        if self.records.listing(owner) != index.listing(owner):
+            return True
+        for document in self.records.documents(owner):
+            if document.kind == "tag":
+                with contextlib.suppress(Corrupt, NotFound):
+                    tag = self.records.read_tag(document)
+                    if tag != index.tag(tag.name, tag.tag):
+                        return True
+        return False
+
+    def _follow(self, index: Index, owner: str | None = None) -> None:
+        """Brings into the index what the records hold and it does not. Damaged documents are left to `verify`."""
+        owners = self.records.owners()
+        for one in [owner] if owner is not None else sorted(owners):
+            seen = owners.get(one)
+            known = index.listing(one)
+            for key, removed in self.records.listing(one).items():
+                if known.get(key) == removed:
+                    continue
+                with contextlib.suppress(Corrupt, NotFound):
+                    if removed:
+                        self._keep_copy(DocumentName(key[0], "removed", key[1]))
+                        index.mark_removed(*key)
+                    elif key not in known:
+                        record = self.records.read(*key)
+                        self._keep_copy(record.document)
+                        index.add(record.version)
+            for document in self.records.documents(one):
+                if document.kind == "tag":
+                    with contextlib.suppress(Corrupt, NotFound):
+                        tag = self.records.read_tag(document)
+                        if tag != index.tag(tag.name, tag.tag):
+                            self._keep_copy(document)
+                            index.set_tag(tag)
+            if seen is not None and _is_settled(seen):
+                index.looked_at(one, seen)
+
+    def _keep_copy(self, document: DocumentName) -> None:
+        if os.access(self.folder, os.W_OK):
+            self.records.keep_copy(document)
 
     def _read(self, version: Version) -> Record:
         """The record, which is the truth; the index only says that there is one."""
         try:
-            record = self._records.read(version.name, version.version)
+            record = self.records.read(version.name, version.version)
         except NotFound:
             raise Corrupt("its record is missing", where=version.ref, hint="see `xpert registry verify`") from None
         if record.version.digest != version.digest:
@@ -378,32 +669,51 @@ class Registry:
         if not versions:
             close = nearest(ref.name, index.names())
             hint = f"did you mean {close!r}?" if close else "`xpert registry list` shows what there is"
-            raise NotFound(f"nothing is published as {ref.name!r}", where=str(self.folder), hint=hint)
-        if ref.version is None:
-            return versions[-1]
+            raise NotFound(f"nothing is published as {ref.name!r}", where=self.location, hint=hint)
+        wanted = ref.version
+        if wanted is None and ref.tag in (None, LATEST):
+            wanted = index.latest(ref.name)
+        elif wanted is None and ref.tag is not None:
+            tag = index.tag(ref.name, ref.tag)
+            if tag is None or tag.version is None:
+                raise NotFound(f"{ref.name} has no tag {ref.tag!r}", hint=_tags_hint(index, ref.name))
+            wanted = tag.version
         for version in versions:
-            if version.version == ref.version:
+            if version.version == wanted:
                 return version
         numbers = ", ".join(str(version.version) for version in versions[-10:])
         raise NotFound(
-            f"{ref.name} has no version {ref.version}", hint=f"it has {numbers} ({LATEST}: {versions[-1].ref})"
+            f"{ref.name} has no version {wanted}", hint=f"it has {numbers} ({LATEST}: {index.latest(ref.name)})"
         )
+
+
+def _tags(index: Index, name: str) -> dict[str, int]:
+    latest = index.latest(name)
+    pointing = {tag.tag: tag.version for tag in index.tags(name) if tag.version is not None}
+    return pointing if latest is None else {**pointing, LATEST: latest}
+
+
+def _tags_hint(index: Index, name: str) -> str:
+    return "it has " + ", ".join(f"{tag} ({number})" for tag, number in sorted(_tags(index, name).items()))
+
+
+def _schema(mark: Path) -> int:
+    value = read_json(mark, most=4096)
+    if not isinstance(value, dict) or value.get("kind") != "registry" or type(value.get("schema")) is not int:
+        raise Corrupt("not the mark of a registry", where=str(mark))
+    schema: int = value["schema"]
+    if schema > SCHEMA:
+        raise BadInput(f"made by a newer xpert (schema {schema})", where=str(mark), hint="upgrade xpert")
+    return schema
+
+
+def _is_settled(changed: int) -> bool:
+    return time.time_ns() - changed > _SETTLED_SECONDS * 1e9
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _one(kind: str) -> str:
     return "an expert" if kind == "expert" else f"a {kind}"
-
-
-def _begins(fingerprint: str, text: str) -> bool:
-    return len(text) >= 8 and fingerprint.startswith(text)
-
-
-@functools.lru_cache(maxsize=4096)
-def _skill_words(skill: str) -> tuple[str, ...]:
-    return tuple(search_words(skill))
-
-
-def _best_skill(version: Version, words: Sequence[str]) -> tuple[str | None, float | None]:
-    named = [s for s in version.scores if any(held.startswith(word) for held in _skill_words(s) for word in words)]
-    skill = max(named or version.scores, key=lambda s: version.scores[s], default=None)
-    return skill, None if skill is None else version.scores[skill]

@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xpert.errors import Corrupt
 
-__all__ = ["TensorEntry", "read_tensor_header"]
+__all__ = ["TensorEntry", "read_tensor_header", "read_tensor_spans", "tensor_header"]
 
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _BITS = {
@@ -23,12 +23,21 @@ _BITS = {
 }
 
 
+class Readable(Protocol):
+    """What bytes are read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its type as safetensors writes it (`F32`, `BF16`, ...) and its shape."""
+    """One tensor: its type as safetensors writes it (`F32`, `BF16`, ...), its shape, and its [start, end) in bytes from
+    where the tensors begin."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
+    end: int = 0
 
 
 def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
@@ -37,19 +46,33 @@ def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
     Raises Corrupt unless the header is whole and the tensors fill the rest of the file without gap or overlap, as the
     format demands (https://github.com/huggingface/safetensors#format). Reads the header alone, at most 100 MB.
     """
+    return _read(path)[1]
+
+
+def read_tensor_spans(path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Where the tensors begin in the file, and the [start, end) of each from there, in order. Errors as above."""
+    begin, tensors = _read(path)
+    return begin, sorted((entry.start, entry.end) for entry in tensors.values())
+
+
+def _read(path: Path) -> tuple[int, dict[str, TensorEntry]]:
+    with path.open("rb") as stream:
+        return tensor_header(stream, os.fstat(stream.fileno()).st_size, where=str(path))
+
+
+def tensor_header(stream: Readable, size: int, *, where: str) -> tuple[int, dict[str, TensorEntry]]:
+    """Where the tensors begin, and the tensors by name, of an open file of `size` bytes. Errors as above."""
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-                raise ValueError("its header's length is impossible")
-            raw = stream.read(length)
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise ValueError("its header's length is impossible")
+        raw = stream.read(length)
         if not raw.startswith(b"{"):
             raise ValueError("its header is not JSON")
         header = json.loads(raw, object_pairs_hook=_without_repeats)
-        return _tensors(header, size - 8 - length)
+        return 8 + length, _tensors(header, size - 8 - length)
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise Corrupt(f"not a sound safetensors file: {error}", where=str(path)) from None
+        raise Corrupt(f"not a sound safetensors file: {error}", where=where) from None
 
 
 def _tensors(header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntry]:
@@ -69,7 +92,7 @@ def _tensors(header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntr
         start, end = offsets
         if (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
             raise ValueError(f"{name!r} does not hold as many bytes as its shape says")
-        found[name] = TensorEntry(dtype, tuple(shape))
+        found[name] = TensorEntry(dtype, tuple(shape), start, end)
         spans.append((start, end))
     position = 0
     for start, end in sorted(spans):

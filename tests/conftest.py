@@ -75,10 +75,13 @@ def to_row(columns: dict[str, Any]) -> Row:
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache or registry."""
+    """No test reads or writes the user's cache, registry or settings."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("XPERT_CACHE", str(home / "cache"))
     monkeypatch.setenv("XPERT_REGISTRY", str(home / "registry"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    for name in ("XPERT_TRUST", "XPERT_SIGNING_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

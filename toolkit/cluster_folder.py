@@ -10,7 +10,7 @@ report.html
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,28 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from xpert.array_cache import ArrayCache
 from xpert.clustering import Clusters
-from xpert.errors import BadInput, Corrupt
+from xpert.embedding import FIELDS, FittedEmbedder, open_embedder
+from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.features import FeatureOptions, Features
 from xpert.pool import Pool
 from xpert.pool_build import PoolOptions
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Floats
-from xpert.storage import MANIFEST, check_output, draft_folder, read_json, read_manifest, write_file, write_manifest
+from xpert.records import Row
+from xpert.storage import (
+    MANIFEST,
+    cache_folder,
+    check_output,
+    draft_folder,
+    read_json,
+    read_manifest,
+    write_file,
+    write_manifest,
+)
 
-__all__ = ["ClusterFolder", "cluster_pool", "read_clusters"]
+__all__ = ["ClusterFolder", "cluster_pool", "embed_like", "read_clusters"]
 
 KIND = "clusters"
 REPORT = "report.html"
@@ -121,6 +133,36 @@ def read_clusters(folder: str | Path) -> ClusterFolder:
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise Corrupt(f"the clusters cannot be read ({error})", where=str(folder), hint="cluster again") from None
     return ClusterFolder(folder, clusters, manifest)
+
+
+def embed_like(
+    found: ClusterFolder, rows: Sequence[Row], *, device: str = "auto", progress: Progress = SILENT
+) -> Floats:
+    """float32 [m, d]: other rows in the space of the centroids.
+
+    An embedder that learns from the pool is restored as it was fitted there, from the cache. Raises NotFound where that
+    is no longer there, BadInput where the embedder is another today.
+    """
+    options = FeatureOptions.from_mapping(found.manifest["config"], where=str(found.path / MANIFEST))
+    embedder = open_embedder(options.embedder, base=options.base, device=device, seed=found.manifest["seed"])
+    identity = found.manifest["figures"]["embedder"]
+    if embedder.identity != identity:
+        raise BadInput(
+            f"its centroids are by {identity}, and {options.embedder} is {embedder.identity} here",
+            where=str(found.path),
+            hint="cluster the pool again",
+        )
+    if isinstance(embedder, FittedEmbedder):
+        key = {"pool": found.manifest["inputs"]["pool"], "embedder": identity, "field": options.embed_field}
+        state = ArrayCache(cache_folder() / "features", progress).find("embedder", key)
+        if state is None:
+            raise NotFound(
+                f"what {options.embedder} learnt of the pool is not in the cache",
+                where=str(found.path),
+                hint="cluster that pool again into another folder, or by an embedder that comes trained (minilm)",
+            )
+        embedder.restore(state)
+    return embedder.embed([FIELDS[options.embed_field](row.prompt, row.response) for row in rows], progress)
 
 
 def describe_clusters(pool: Pool, embeddings: Floats, clusters: Clusters) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from xpert.errors import BadInput
 from xpert.protocols import Floats
 from xpert.similarity import max_similarity
 
-__all__ = ["Clusters", "cluster", "cluster_count", "different_rows", "telling_terms"]
+__all__ = ["Clusters", "cluster", "cluster_count", "different_rows", "telling_terms", "without_repeats"]
 
 Labels = NDArray[np.int32]
 
@@ -220,7 +220,7 @@ def telling_terms(texts: Sequence[str], labels: Labels, k: int, *, count: int = 
         row = per_cluster[index]
         scores = row.data * weight[row.indices]
         order = np.lexsort((row.indices, -scores))
-        terms.append(_without_repeats((str(names[row.indices[at]]) for at in order[: count * 5]), count))
+        terms.append(without_repeats((str(names[row.indices[at]]) for at in order[: count * 5]), count))
     return terms
 
 
@@ -232,7 +232,7 @@ def _sample_per_cluster(labels: Labels, k: int, rng: np.random.Generator) -> NDA
     return np.sort(order[place < _NAMED_ROWS_PER_CLUSTER])
 
 
-def _without_repeats(ranked: Iterable[str], count: int) -> list[str]:
+def without_repeats(ranked: Iterable[str], count: int) -> list[str]:
     """The first `count` terms that bring a word the terms before them have not."""
     kept: list[str] = []
     said: set[str] = set()

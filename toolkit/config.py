@@ -114,7 +114,7 @@ def _convert(name: str, value: Any, kind: type, optional: bool, many: bool, *, w
             return None
         raise BadInput(f"{name} may not be empty", where=where)
     if many:
-        items = value.split(",") if isinstance(value, str) else list(value)
+        items = (value.split(",") if value else []) if isinstance(value, str) else list(value)
         return tuple(_convert(name, item, kind, False, False, where=where) for item in items)
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value

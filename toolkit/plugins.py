@@ -47,6 +47,7 @@ KINDS: dict[str, Kind] = {
         Kind("gate", "xpert.experts.gates"),
         Kind("merger", "xpert.experts.mergers"),
         Kind("decoder", "xpert.experts.decoding"),
+        Kind("remote", "xpert.registry.remotes"),
     )
 }
 

@@ -88,6 +88,14 @@ class Pool:
             raise Corrupt("rows and manifest do not agree", where=str(folder), hint="build the pool again")
         return cls(table, path=folder, fingerprint=figures["fingerprint"])
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of what it was built of (`hf:owner/name`, or a file's name without its path); none in memory."""
+        if self.path is None:
+            return []
+        inputs = read_manifest(self.path, "pool").get("inputs", {})
+        return [str(source["name"]) for source in inputs.get("sources", ())]
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of prompts, turns and responses in order; how the rows lie in batches makes no difference."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
+from xpert.printable import printable
+
 __all__ = ["SILENT", "Progress", "Silent", "StreamProgress", "Task", "duration"]
 
 
@@ -64,7 +66,7 @@ class StreamProgress:
         task.close(finished=True)
 
     def say(self, message: str) -> None:
-        print(message, file=self.stream, flush=True)
+        print(printable(message, keep="\n\t"), file=self.stream, flush=True)
 
 
 class _StreamTask:
@@ -92,7 +94,7 @@ class _StreamTask:
             parts.append(f"{duration(max(0.0, self.total - self.done) / rate)} left")
         if self.note:
             parts.append(self.note)
-        line = "  ".join(parts)
+        line = printable("  ".join(parts))
         if not self.owner.terminal:
             print(line, file=self.owner.stream, flush=True)
             return
@@ -107,7 +109,8 @@ class _StreamTask:
         spent = duration(time.monotonic() - self.start)
         ending = f"done in {spent}" if finished else f"stopped after {spent}"
         note = f"  {self.note}" if self.note else ""
-        print(f"{self.title}: {self.done:,.0f} {ending}{note}", file=self.owner.stream, flush=True)
+        line = printable(f"{self.title}: {self.done:,.0f} {ending}{note}")
+        print(line, file=self.owner.stream, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -76,13 +76,17 @@ class Shots:
 
 @dataclass(frozen=True, slots=True)
 class SuiteItem:
-    """One item of a test suite: a row, the answers that count as right, and how they are compared."""
+    """One item of a test suite: a row, the answers that count as right, and how they are compared.
+
+    Items of one skill and one `probe` ask for one thing in several ways.
+    """
 
     row: Row
     answers: tuple[str, ...]
     metric: str
     skill: str
     choices: tuple[str, ...] | None = None
+    probe: str | None = None
 
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|k?tok|mtok|k|m)?", re.IGNORECASE)

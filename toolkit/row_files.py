@@ -66,10 +66,11 @@ def read_prompts(path: str | Path) -> list[Row]:
 
 
 def read_suite(path: str | Path, *, skip_metrics: Collection[str] = ()) -> Suite:
-    """Test items: rows with `answers`, `metric` (default exact), `skill` (default all) and optional `choices`.
+    """Test items: rows with `answers`, `metric` (default exact), `skill` (default all), optional `choices` and `probe`.
 
-    `answers` may be a list or one text, and is the row's answer where it is missing. Rows scored by one of
-    `skip_metrics` are left out; raises BadInput where no other is left.
+    `answers` may be a list or one text, and is the row's answer where it is missing. Rows of one skill with the same
+    `probe` ask for one thing in several ways. Rows scored by one of `skip_metrics` are left out; raises BadInput where
+    no other is left.
     """
     rows = read_rows(path, need_answer=False)
     items = tuple(
@@ -82,6 +83,7 @@ def read_suite(path: str | Path, *, skip_metrics: Collection[str] = ()) -> Suite
     content = [
         [[turn.role, turn.content] for turn in item.row.messages]
         + [list(item.answers), item.metric, item.skill, list(item.choices or ())]
+        + ([item.probe] if item.probe else [])  # suites without probes keep the fingerprint they had
         for item in items
     ]
     return Suite(items, hash_json(content), _stem(Path(path).name))
@@ -131,7 +133,15 @@ def _suite_item(row: Row, number: int, where: str) -> SuiteItem:
         )
     if not row.response:
         row = Row(row.id, row.messages, answers[0], row.skill, columns)
-    return SuiteItem(row, answers, metric, row.skill or "all", choices)
+    return SuiteItem(row, answers, metric, row.skill or "all", choices, _probe(columns.get("probe"), number, where))
+
+
+def _probe(value: Any, number: int, where: str) -> str | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadInput(f"row {number} has a probe that is no text", where=where, hint='write "probe": "..."')
+    return str(value).strip()
 
 
 def _among(answer: str, choices: tuple[str, ...]) -> bool:

@@ -300,6 +300,7 @@ def _figures(
         "excluded_as_shots": excluded,
         "skills": _counted(row.skill for row in rows),
         "licences": _counted(row.licence for row in rows),
+        "sources": features.pool.sources,
     }
     if shots:
         # Only where the embeddings were asked for: a random draw alone does not need them.

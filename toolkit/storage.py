@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ __all__ = [
     "alive",
     "cache_folder",
     "check_output",
+    "config_folder",
     "data_folder",
     "disk_errors",
     "disk_is_full",
@@ -50,6 +50,12 @@ def cache_folder() -> Path:
     set_by_user = os.environ.get("XPERT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(set_by_user) if set_by_user else Path(base) / "xpert"
+
+
+def config_folder() -> Path:
+    """xpert's folder among the user's settings; the trust list lies in it."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "xpert"
 
 
 def data_folder() -> Path:
@@ -141,13 +147,18 @@ def write_json(target: Path, value: Any) -> None:
     write_file(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises NotFound where there is no such file, Corrupt where it is not JSON."""
+def read_json(path: Path, *, most: int = 256 << 20) -> Any:
+    """Raises NotFound where there is no such file, Corrupt where it is not JSON or has more than `most` bytes."""
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb") as stream:
+            data = stream.read(most + 1)
     except FileNotFoundError:
         raise NotFound("no such file", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    if len(data) > most:
+        raise Corrupt(f"more than {most:,} bytes", where=str(path))
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"not valid JSON: {error}", where=str(path)) from None
 
 
@@ -209,6 +220,8 @@ def read_manifest(folder: Path, kind: str, *, schema: int = 1) -> dict[str, Any]
 
 def package_versions() -> dict[str, str]:
     """Versions of Python, xpert and the packages that shape results; those not installed are left out."""
+    import importlib.metadata  # takes a while to load, and most who come here write no manifest
+
     versions = {"python": platform.python_version()}
     for name in ("xpert-toolkit", "torch", "transformers", "peft", "trl", "faiss-cpu", "scikit-learn", "numpy"):
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from xpert.commands.options import common_options
+from xpert.commands.options import Session, common_options
+from xpert.printable import printable
 from xpert.registry.card import Interval
 from xpert.registry.opening import open_registry
-from xpert.registry.store import Version
+from xpert.registry.store import Registry, Version
 
-__all__ = ["interval", "numbers_shown", "registry_options", "size_shown", "skills_shown", "table"]
+__all__ = ["interval", "numbers_shown", "passphrase_option", "registry_options", "size_shown", "skills_shown", "table"]
 
 
 def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--registry besides the common options; the function receives the open `registry`."""
+
+    @functools.wraps(function)
+    def told(session: Session, registry: Registry, **options: Any) -> Any:
+        if registry.notice is not None:
+            session.progress.say(registry.notice)
+        return function(session=session, registry=registry, **options)
+
     return click.option(
         "--registry",
         callback=lambda context, parameter, value: open_registry(value),
         metavar="URL",
-        help="A folder or file:// URL.  [default: $XPERT_REGISTRY, or the user's data folder]",
-    )(common_options(function))
+        help="A folder, or a URL such as s3://BUCKET/FOLDER.  [default: $XPERT_REGISTRY, or the user's data folder]",
+    )(common_options(told))
+
+
+def passphrase_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--passphrase-file, as `passphrase_file`. A file, since what stands in a command line is seen by others."""
+    return click.option("--passphrase-file", type=click.Path(path_type=Path), metavar="FILE", help=text)
 
 
 def interval(value: dict[str, Any]) -> str:
@@ -31,8 +46,8 @@ def interval(value: dict[str, Any]) -> str:
 
 
 def skills_shown(version: Version) -> str:
-    shown = ", ".join(version.skills[:3])
-    return f"{shown} +{len(version.skills) - 3}" if len(version.skills) > 3 else shown or "-"
+    shown = ", ".join(version.strengths[:3])
+    return f"{shown} +{len(version.strengths) - 3}" if len(version.strengths) > 3 else shown or "-"
 
 
 def numbers_shown(versions: Sequence[int]) -> str:
@@ -55,6 +70,8 @@ def size_shown(size: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell. A cell is one line: breaks in it are shown, so none can feign a row."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(head, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from xpert.commands.options import Session
-from xpert.commands.registry._shared import registry_options
+from xpert.commands.registry._shared import passphrase_option, registry_options
+from xpert.errors import BadInput
+from xpert.registry.signing_keys import ENVIRONMENT, SigningKey, passphrase_from
 from xpert.registry.store import MAX_GIB, Registry
 
 __all__ = ["command"]
@@ -24,9 +27,50 @@ __all__ = ["command"]
     metavar="GIB",
     help="Refuse an expert larger than this.",
 )
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated.")
+@click.option(
+    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
+)
+@click.option("--no-latest", is_flag=True, help="Leave the tag `latest` where it is.")
+@click.option(
+    "--sign",
+    "key",
+    type=click.Path(path_type=Path),
+    envvar=ENVIRONMENT,
+    metavar="FILE",
+    help=f"Sign it with this private key.  [default: ${ENVIRONMENT}, if set]",
+)
+@passphrase_option("The key's passphrase is the first line of this file.")
 @registry_options
-def command(session: Session, registry: Registry, source: Path, name: str, max_size: float) -> None:
+def command(
+    session: Session,
+    registry: Registry,
+    source: Path,
+    name: str,
+    max_size: float,
+    tags: Sequence[str],
+    no_latest: bool,
+    allow_secret_like: bool,
+    key: Path | None,
+    passphrase_file: Path | None,
+) -> None:
     """File an expert folder or a mixture as the next version of a name."""
-    version = registry.publish(source, name, max_gib=max_size, progress=session.progress)
-    value = {"ref": version.ref, "repeated": version.repeated, **version.to_dict(), "registry": str(registry.folder)}
-    session.result(value, f"{'already ' if version.repeated else ''}published {version.ref}")
+    if no_latest and "latest" in tags:
+        raise BadInput("--tag latest and --no-latest contradict each other", hint="leave one of them out")
+    signing = SigningKey.load(key.expanduser(), passphrase_from(passphrase_file)) if key else None
+    version = registry.publish(
+        source,
+        name,
+        tags=tags,
+        latest=not no_latest,
+        max_gib=max_size,
+        allow_secret_like=allow_secret_like,
+        progress=session.progress,
+    )
+    value = {"ref": version.ref, "repeated": version.repeated, **version.to_dict(), "registry": registry.location}
+    done = f"{'already ' if version.repeated else ''}published {version.ref}"
+    if signing is not None:
+        registry.sign(version.ref, signing)
+        value["signed_by"] = signing.public.fingerprint
+        done += f", signed by {signing.public.fingerprint}"
+    session.result(value, done)

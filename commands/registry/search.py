@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import registry_options, skills_shown, table
-from xpert.registry.store import Registry
+from xpert.registry.store import Hit, Registry
 
 __all__ = ["command"]
 
@@ -16,20 +17,51 @@ __all__ = ["command"]
 @click.command()
 @click.argument("text", nargs=-1)
 @click.option("--base", metavar="MODEL", help="Only experts of this base model (its reference or fingerprint).")
+@click.option("--kind", type=click.Choice(["expert", "mixture"]), help="Only experts, or only mixtures.")
 @click.option("--min-score", type=float, help="Only where a skill asked for, or any if none is, scores this much.")
+@click.option("--embedder", metavar="SPEC", help="Also find what is close in meaning: minilm, st:NAME.")
+@click.option(
+    "--taxonomy", metavar="FILE", help="A taxonomy of skills.  [default: $XPERT_TAXONOMY, or the built-in one]"
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many.")
 @registry_options
-def command(
-    session: Session, registry: Registry, text: Sequence[str], base: str | None, min_score: float | None
-) -> None:
-    """Search names, descriptions and skills; the words' beginnings suffice."""
-    hits = registry.search(" ".join(text), base=base, min_score=min_score)
-    value = [{**hit.version.to_dict(), "ref": hit.version.ref, "skill": hit.skill, "score": hit.score} for hit in hits]
+def command(session: Session, registry: Registry, text: Sequence[str], taxonomy: str | None, **options: Any) -> None:
+    """Search names, descriptions and skills; the words' beginnings suffice, and a taxonomy says what they mean.
+
+    `french translation` also finds experts of `translation_fr`. With --embedder, likeness of meaning counts too.
+    """
+    from xpert.registry.taxonomy import Taxonomy
+
+    hits = registry.search(
+        " ".join(text),
+        taxonomy=Taxonomy.open(taxonomy),
+        device=session.device,
+        progress=session.progress,
+        **options,
+    )
+    value = [
+        {
+            **hit.version.to_dict(),
+            "ref": hit.version.ref,
+            "skill": hit.skill,
+            "score": hit.score,
+            "similarity": hit.similarity,
+        }
+        for hit in hits
+    ]
+    session.result({"hits": value}, lambda: _text(hits) if hits else "nothing found")
+
+
+def _text(hits: Sequence[Hit]) -> str:
     rows = [
         (
-            *(hit.version.ref, hit.version.kind, hit.version.base or "-"),
-            *(skills_shown(hit.version), "-" if hit.score is None else f"{hit.skill} {hit.score:.3f}"),
+            *(hit.version.ref, hit.version.kind, hit.version.base or "-", skills_shown(hit.version)),
+            "-" if hit.score is None else f"{hit.skill} {hit.score:.3f}",
+            *(() if hit.similarity is None else (f"{hit.similarity:.2f}",)),
         )
         for hit in hits
     ]
-    found = table(("VERSION", "KIND", "BASE", "SKILLS", "BEST"), rows)
-    session.result({"hits": value}, found if hits else "nothing found")
+    head = ("VERSION", "KIND", "BASE", "SKILLS", "BEST")
+    if any(hit.similarity is not None for hit in hits):
+        return table((*head, "LIKE"), [row if len(row) > len(head) else (*row, "-") for row in rows])
+    return table(head, rows)

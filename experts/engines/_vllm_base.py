@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,18 +20,16 @@ def open_base(ref: str, *, progress: Progress = SILENT) -> LanguageModel:
 
     A `.gguf` file is loaded whole, since its shapes are known only then. Errors as in `load_model`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    from xpert.language_model import LanguageModel, load_model, load_tokenizer, quiet_transformers
+    from xpert.experts.bare_base import bare_model
+    from xpert.language_model import LanguageModel, load_model, load_tokenizer
 
     files = find_model(ref)
     if files.gguf:
         return load_model(ref, device="cpu", progress=progress)
     tokenizer = load_tokenizer(ref)
-    with quiet_transformers(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-        auto: Any = AutoModelForCausalLM
-        model = auto.from_config(config, dtype=torch.float32).eval()
+    model = bare_model(files)
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return LanguageModel(

@@ -12,6 +12,7 @@ from typing import Any
 from xpert.errors import XpertError
 from xpert.progress import SILENT, Progress
 from xpert.registry.card import ExpertCard, Interval, SkillProfile, SkillScore
+from xpert.registry.signatures import fingerprint, verify
 from xpert.registry.store import Details, Registry
 from xpert.registry.versions import StoredFile, Version
 
@@ -122,6 +123,7 @@ def shown_versions(registry: Registry, *, progress: Progress = SILENT) -> Iterat
     """The versions of a registry as they stand, not yet told who uses them."""
     for version, found in registry.survey():
         entry = _shown_version(found) if isinstance(found, Details) else ShownVersion(version, problem=str(found))
+        entry = _with_signers(registry, entry)
         if entry.problem:
             progress.say(f"{version.ref} is shown without its card: {entry.problem}")
         yield entry
@@ -149,7 +151,7 @@ def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry") -> C
 
 def _shown_version(details: Details) -> ShownVersion:
     version = details.version
-    entry = ShownVersion(version, _tags(details), details.files, signers=_signers(details))
+    entry = ShownVersion(version, _tags(details), details.files)
     try:
         if version.kind == "mixture":
             return dataclasses.replace(entry, mixture=mixture_facts(details.document, version.uses))
@@ -161,12 +163,26 @@ def _shown_version(details: Details) -> ShownVersion:
 
 
 def _tags(details: Details) -> tuple[str, ...]:
-    held = getattr(details, "tags", {})
-    return tuple(sorted(tag for tag, number in held.items() if number == details.version.version))
+    return tuple(sorted(tag for tag, number in details.tags.items() if number == details.version.version))
 
 
-def _signers(details: Details) -> tuple[str, ...]:
-    return tuple(str(signer) for signer in getattr(details, "signers", ()))
+def _with_signers(registry: Registry, entry: ShownVersion) -> ShownVersion:
+    """The version with who signed it, every signature checked: one that does not match is a problem, not a signer.
+
+    Whom to trust is for each reader to say, so no trust list is asked.
+    """
+    version = entry.version
+    try:
+        signatures = registry.records.read_signatures(version.name, version.version).signatures
+        if not signatures:
+            return entry
+        record = registry.record(version.ref)
+        wrong = [fingerprint(made.key) for made in signatures if not verify(made, record)]
+    except XpertError as error:
+        return dataclasses.replace(entry, problem=entry.problem or f"its signatures could not be checked: {error}")
+    if wrong:
+        return dataclasses.replace(entry, problem=f"the signature by {wrong[0]} does not match this version")
+    return dataclasses.replace(entry, signers=tuple(fingerprint(made.key) for made in signatures))
 
 
 def mixture_facts(document: Mapping[str, Any], uses: Iterable[str]) -> MixtureFacts:

@@ -174,7 +174,7 @@ def test_average_activations_are_the_mean_states_of_the_last_prompt_tokens(
     updates = read_adapter("five", folder, lm).modules
     examples = encode_examples(lm.tokenizer, rows[:9])
     found, figures = average_activations(lm.model, updates, examples, 7)
-    assert figures == {"prompts": 7}
+    assert figures == {"prompts": 7, "tokens": sum(min(start, len(ids)) for ids, start in examples[:7])}
     states: dict[str, list[torch.Tensor]] = {name: [] for name in updates}
     for ids, start in examples[:7]:  # one by one, without padding
         seen: Callable[[str, torch.Tensor], None] = lambda name, x: states[name].append(x[0, -1])  # noqa: E731
@@ -294,7 +294,7 @@ def test_training_with_a_gate_is_training_and_then_the_gate(
     assert (plain / "gates.safetensors").read_bytes() == (gated / "gates.safetensors").read_bytes()
     card, other = ExpertCard.read(gated), ExpertCard.read(plain)
     assert card.files == {p.name: hash_file(p) for p in gated.iterdir() if p.name != "expert.json"}
-    assert card.gates["phatgoose"]["figures"] == other.gates["phatgoose"]["figures"]
+    assert {**card.gates["phatgoose"]["figures"], "seconds": 0} == {**other.gates["phatgoose"]["figures"], "seconds": 0}
     figures = "trainable_parameters"
     assert card.training["figures"][figures] == other.training["figures"][figures] > 0
     assert card.training["key"] != other.training["key"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from xpert.language_model import LanguageModel, load_model
 from xpert.protocols import EngineRequest
 from xpert.records import Row, Shots
 from xpert.registry.card import ExpertCard
+from xpert.registry.card_schema import check_card
 
 Run = Callable[..., Result]
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": -0.4, "d": 0.25}
@@ -82,6 +84,8 @@ def test_plain_peft_and_the_engine_agree_on_a_merge(
     assert card.training["error"]["total"] == summary["error"]
     assert {line["key"]: line["weight"] for line in card.training["experts"]} == WEIGHTS
     assert card.licences == {"MIT": 8}
+    check_card(card.to_dict(), "here")
+    assert card.spent == {}  # the experts do not say what they took
     if method in ("concat", "task-arithmetic"):
         assert summary["error"] < 1e-6
         assert ours == pytest.approx(told(lm, experts, WEIGHTS), abs=1e-4)
@@ -239,6 +243,33 @@ def test_a_mixture_is_distilled_from_the_command_line(
     result = xpert("distil", mixture, "--rows", found, "--epochs", 1, "--rank", 2, "-o", tmp_path / "s", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert "KL from the teachers" in result.stdout
+    card = ExpertCard.read(tmp_path / "s")
+    check_card(card.to_dict(), "here")
+    assert card.selection["rows"] == 4 and card.licences == {"MIT": 10, "CC0-1.0": 2}
+
+
+@pytest.mark.parametrize(("method", "known"), [("svd", {"tokens", "seconds"}), ("lorahub", {"seconds"})])
+def test_a_merge_adds_to_what_its_experts_took(
+    method: str,
+    known: set[str],
+    experts: dict[str, Path],
+    tmp_path: Path,
+    xpert: Run,
+    write_jsonl: Callable[..., Path],
+    columns: Callable[..., Any],
+) -> None:
+    refs = []
+    for key in "ab":
+        folder = Path(shutil.copytree(experts[key], tmp_path / key))
+        dataclasses.replace(ExpertCard.read(folder), spent={"tokens": 100, "seconds": 2.5}).write(folder)
+        refs.append(folder)
+    shots = ("--shots", write_jsonl("shots.jsonl", columns(2)), "--param", "evaluations=3")
+    more = shots if method == "lorahub" else ()
+    result = xpert("merge", *refs, "--method", method, *more, "-o", tmp_path / "m", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    spent = ExpertCard.read(tmp_path / "m").spent
+    assert set(spent) == known and spent["seconds"] >= 5
+    assert spent.get("tokens", 200) == 200
 
 
 def test_a_gated_mixture_teaches_behind_its_gate(mixture: Path, rows: list[Row], tmp_path: Path) -> None:

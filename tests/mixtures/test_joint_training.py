@@ -16,6 +16,7 @@ from xpert.experts.mixture_training import train_mixture
 from xpert.experts.train_options import TrainOptions
 from xpert.records import Shots
 from xpert.registry.card import ExpertCard
+from xpert.registry.card_schema import check_card
 from xpert.selection_folder import write_jsonl, write_rows
 from xpert.storage import hash_file, write_manifest
 
@@ -104,6 +105,8 @@ def test_the_written_mixture(
         assert model(torch.arange(3, 30)[None]).logits.isfinite().all()
         card = ExpertCard.read(new.folder)
         assert "trained jointly" in card.description and card.profile is None
+        check_card(card.to_dict(), "here")
+        assert card.gates == {} and card.prototypes == ()
         assert card.training["jointly"]["began_as"]["fingerprint"] == old.fingerprint
         assert card.files == {p.name: hash_file(p) for p in new.folder.iterdir() if p.name != "expert.json"}
         assert new.routable().exemplars == old.routable().exemplars

@@ -66,3 +66,15 @@ def expert(tmp_path: Path) -> Callable[..., Path]:
 def registry(tmp_path: Path) -> Registry:
     """A registry in a folder that does not exist yet."""
     return Registry(tmp_path / "registry")
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the Hub's client speak, without Xet and without the user's own token; a stand-in answers it."""
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent/token")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.utils.disable_progress_bars()

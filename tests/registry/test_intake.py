@@ -35,11 +35,11 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no card": (lambda f: (f / "expert.json").unlink(), "not an expert folder"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "card is no JSON": (lambda f: (f / "expert.json").write_text("{"), "not valid JSON"),
-    "card without base": (lambda f: _card(f, base={"ref": "x", "fingerprint": ""}), "which base model"),
+    "card without base": (lambda f: _card(f, base={"ref": "x", "fingerprint": ""}), "base.fingerprint is empty"),
     "card of another kind": (lambda f: _card(f, kind="mixture"), "not an expert card"),
     "a newer card": (lambda f: _card(f, schema=99), "newer xpert"),
     "card nested without end": (lambda f: (f / "expert.json").write_text("[" * 200_000), "not valid JSON"),
-    "card names a missing file": (lambda f: _card(f, files={"../../etc/passwd": "0" * 64}), "is not there"),
+    "card names a missing file": (lambda f: _card(f, files={"gone.txt": "0" * 64}), "is not there"),
     "weights changed": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(save({"a": np.ones(2)})),
         "changed since",

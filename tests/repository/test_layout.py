@@ -151,6 +151,7 @@ def test_every_imported_package_is_declared() -> None:
         *project["optional-dependencies"]["st"],
         *project["optional-dependencies"]["ray"],
         *project["optional-dependencies"]["judge"],
+        *project["optional-dependencies"]["sign"],
         *project["optional-dependencies"]["vllm"],
     ]
     lines += (ROOT / "demo-packages.txt").read_text(encoding="utf-8").split()

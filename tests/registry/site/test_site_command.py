@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from xpert.registry.site.data import gather
+from xpert.registry.card import ExpertCard
+from xpert.registry.signatures import fingerprint
+from xpert.registry.signing_keys import SigningKey
+from xpert.registry.site.data import gather, sound_card
+from xpert.registry.site.pages import Site
 from xpert.registry.store import Registry
 
 Run = Callable[..., Result]
@@ -66,17 +70,22 @@ def test_a_damaged_card_is_told_and_shown(xpert: Run, store: Path, tmp_path: Pat
     assert "cannot be shown whole" in (tmp_path / "site/names/acme/sums.html").read_text()
 
 
-def test_a_card_of_odd_numbers_is_not_drawn(registry: Registry, expert: Maker) -> None:
-    folder = expert(scores={"sums": 0.5})
-    card = json.loads((folder / "expert.json").read_text())
-    card["profile"]["skills"]["sums"]["expert"]["low"] = "0"
-    (folder / "expert.json").write_text(json.dumps(card))
-    try:
-        registry.publish(folder, "acme/odd")
-    except Exception:
-        return  # it may not even enter
-    (problem,) = gather(registry).problems
-    assert "sums" in problem and "not numbers" in problem
+def test_tags_and_signers_are_shown(store: Path, tmp_path: Path) -> None:
+    registry, key = Registry(store), SigningKey.generate(tmp_path / "key", comment="ann")
+    registry.tag("acme/sums@1", "stable")
+    registry.sign("acme/sums@1", key)
+    sums = next(name for name in gather(registry).names if name.name == "acme/sums")
+    assert sums.latest.tags == ("latest", "stable") and sums.latest.signers == (fingerprint(key.public.key),)
+    assert fingerprint(key.public.key) in (Site(gather(registry)).render("names/acme/sums.html") or b"").decode()
+
+
+@pytest.mark.parametrize("change", [{"low": "0"}, {"n": None}, {"high": float("nan")}])
+def test_a_card_of_odd_numbers_is_not_drawn(change: dict[str, object], expert: Maker) -> None:
+    card = json.loads((expert(scores={"sums": 0.5}) / "expert.json").read_text())
+    assert sound_card(ExpertCard.from_dict(card, where="here"))
+    card["profile"]["skills"]["sums"]["expert"] |= change
+    with pytest.raises(ValueError, match="'sums' are not numbers"):
+        sound_card(ExpertCard.from_dict(card, where="here"))
 
 
 MISTAKES = {

@@ -1,0 +1,83 @@
+"""`xpert registry import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from xpert.commands.options import Session
+from xpert.commands.registry._shared import registry_options
+from xpert.registry.store import MAX_GIB, Registry
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("source", metavar="FOLDER|hf:OWNER/NAME[/FOLDER][@REVISION]")
+@click.option("--name", required=True, metavar="OWNER/NAME", help="The name to publish under.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="The base model: a folder, a .gguf file or a hub name.  [default: the one the adapter names, if it is here]",
+)
+@click.option("--description", metavar="TEXT", help="What it does.  [default: what its model card says]")
+@click.option("--skills", metavar="A,B,...", help="The skills it was made for.")
+@click.option("--licence", metavar="NAME", help="The licence of its weights.  [default: what its model card says]")
+@click.option(
+    "--exemplars",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts of what it is for, by which routers find it; 64 at most are kept.",
+)
+@click.option(
+    "--max-size",
+    type=click.FloatRange(0, min_open=True),
+    default=MAX_GIB,
+    show_default=True,
+    metavar="GIB",
+    help="Refuse an adapter larger than this.",
+)
+@registry_options
+def command(
+    session: Session,
+    registry: Registry,
+    source: str,
+    name: str,
+    base: str | None,
+    description: str | None,
+    skills: str | None,
+    licence: str | None,
+    exemplars: Path | None,
+    max_size: float,
+) -> None:
+    """Publish a LoRA adapter made elsewhere as an expert.
+
+    Its weights are taken byte for byte, after a check that they fit the base model; what the engine cannot serve is
+    refused. Of the Hub three files are downloaded: weights, configuration and model card.
+
+    Its scores are not known yet: pull it, profile it with `xpert profile`, and publish the folder again.
+    """
+    from xpert.experts.importing import Told, import_adapter
+
+    names = None if skills is None else tuple(skill.strip() for skill in skills.split(",") if skill.strip())
+    told = Told(base, description, names, licence, exemplars)
+    made = import_adapter(source, name, registry, told, max_gib=max_size, progress=session.progress)
+    version, card = made.version, made.card
+    lines = [
+        f"{'already ' if version.repeated else ''}published {version.ref}: rank {card.adapter['rank']}, "
+        f"{card.adapter['modules']} modules of {Path(card.base.ref).name}"
+    ]
+    lines += [f"warning: {warning}" for warning in made.warnings]
+    if made.left_out:
+        lines.append(f"left out: {', '.join(made.left_out)}")
+    value = {
+        "ref": version.ref,
+        "repeated": version.repeated,
+        "base": card.base.ref,
+        "adapter": dict(card.adapter),
+        "origin": card.training["imported"],
+        "warnings": list(made.warnings),
+        "left_out": list(made.left_out),
+    }
+    session.result(value, "\n".join(lines))
