@@ -133,14 +133,17 @@ class RemoteRegistry(Registry):
             return version
         raise Unavailable(f"others took {_ATTEMPTS} numbers of {name} in a row", where=self.location, hint="try again")
 
-    def adopt(self, record: Record, folder: Path, *, progress: Progress = SILENT) -> bool:
+    def adopt(
+        self, record: Record, folder: Path, *, allow_secret_like: bool = False, progress: Progress = SILENT
+    ) -> bool:
         try:
-            return super().adopt(record, folder, progress=progress)
+            return super().adopt(record, folder, allow_secret_like=allow_secret_like, progress=progress)
         except _Unsent as unsent:
             try:
                 self._send(unsent.record, progress)
             except FileExistsError:
-                return self.adopt(record, folder, progress=progress)  # says whether it is the same one
+                # Says whether it is the same one.
+                return self.adopt(record, folder, allow_secret_like=allow_secret_like, progress=progress)
         return True
 
     def _commit(self, record: Record) -> Record:

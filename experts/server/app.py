@@ -5,6 +5,7 @@ POST /v1/chat/completions         answers, streamed or whole; `x-xpert-experts` 
 POST /v1/route                    the route of a prompt with candidates and reason, without an answer
 GET  /healthz                     whether the engine runs
 GET  /                            a page to try it
+GET  /registry/                   the registry behind it as pages: experts, scores, provenance
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import xpert
@@ -32,6 +33,7 @@ from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.mixture import BASE
 from xpert.experts.routing import explain
 from xpert.experts.server.engine_loop import EngineLoop
+from xpert.experts.server.registry_pages import RegistryPages
 from xpert.experts.server.schema import ChatRequest, ParameterError, RouteBody, parse
 from xpert.experts.serving import MixtureRunner
 from xpert.protocols import EngineRequest, Piece, Route, RouteRequest, Sampling
@@ -69,6 +71,8 @@ def create_app(runner: MixtureRunner) -> FastAPI:
         app.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=extra)
 
     add("/", "GET", service.page)
+    add("/registry", "GET", service.to_registry)
+    add("/registry/{path:path}", "GET", service.registry_page)
     add("/healthz", "GET", service.health)
     add("/v1/models", "GET", service.models)
     add("/v1/models/{model:path}", "GET", service.model)
@@ -96,6 +100,7 @@ class _Service:
     def __init__(self, runner: MixtureRunner) -> None:
         self.runner = runner
         self.created = int(time.time())
+        self.pages = RegistryPages(runner.mixture)
         # Routing and encoding take turns on one thread, with a tokenizer of their own: a fast tokenizer that two
         # threads use at once raises "Already borrowed".
         self.tokenizer = copy.deepcopy(runner.lm.tokenizer)
@@ -114,6 +119,16 @@ class _Service:
 
     async def page(self) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    async def to_registry(self) -> Response:
+        return RedirectResponse("registry/")
+
+    async def registry_page(self, path: str) -> Response:
+        found = await asyncio.to_thread(self.pages.get, path)
+        if found is None:
+            raise HTTPException(404, "there is no such page")
+        content, headers = found
+        return Response(content, headers=headers)
 
     async def health(self) -> Response:
         sound = self.loop.alive

@@ -6,15 +6,28 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from xpert.errors import XpertError
 from xpert.progress import SILENT, Progress
 from xpert.registry.card import ExpertCard, Interval, SkillProfile, SkillScore
+from xpert.registry.signatures import fingerprint, verify
 from xpert.registry.store import Details, Registry
 from xpert.registry.versions import StoredFile, Version
 
-__all__ = ["Catalogue", "Member", "MixtureFacts", "ShownName", "ShownVersion", "catalogue", "gather", "mixture_facts"]
+__all__ = [
+    "Catalogue",
+    "Member",
+    "MixtureFacts",
+    "ShownName",
+    "ShownVersion",
+    "catalogue",
+    "gather",
+    "mixture_facts",
+    "shown_versions",
+    "sound_card",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ class MixtureFacts:
 class ShownVersion:
     """A version as the pages show it. `problem` says why its document cannot be shown, where that is so.
 
-    `tags` are the names that point at it; `signers` who vouches for it; `used_by` the mixtures that hold it.
+    `tags` are the names that point at it; `signers` who vouches for it; `used_by` the mixtures that hold it. What lies
+    in a folder and not in a registry has no digest, and cannot be pulled.
     """
 
     version: Version
@@ -53,6 +67,10 @@ class ShownVersion:
     signers: tuple[str, ...] = ()
     used_by: tuple[str, ...] = ()
     problem: str = ""
+
+    @property
+    def registered(self) -> bool:
+        return bool(self.version.digest)
 
     @property
     def profile(self) -> SkillProfile | None:
@@ -78,18 +96,17 @@ class ShownName:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All names, sorted. `registered` is False for experts that lie in folders and cannot be pulled by name."""
+    """All names, sorted."""
 
     names: tuple[ShownName, ...]
     title: str = "Registry"
-    registered: bool = True
 
-    @property
+    @cached_property
     def newest(self) -> str:
         """When the newest version was made: the pages' own date, so that the same registry gives the same pages."""
         return max((v.version.created for name in self.names for v in name.versions), default="")
 
-    @property
+    @cached_property
     def problems(self) -> list[str]:
         return [f"{v.version.ref}: {v.problem}" for name in self.names for v in name.versions if v.problem]
 
@@ -99,16 +116,20 @@ def gather(registry: Registry, *, title: str = "Registry", progress: Progress = 
 
     A version whose record or document is damaged is shown with what ails it, and `progress` tells of it.
     """
-    shown = []
+    return catalogue(shown_versions(registry, progress=progress), title=title)
+
+
+def shown_versions(registry: Registry, *, progress: Progress = SILENT) -> Iterator[ShownVersion]:
+    """The versions of a registry as they stand, not yet told who uses them."""
     for version, found in registry.survey():
         entry = _shown_version(found) if isinstance(found, Details) else ShownVersion(version, problem=str(found))
+        entry = _with_signers(registry, entry)
         if entry.problem:
             progress.say(f"{version.ref} is shown without its card: {entry.problem}")
-        shown.append(entry)
-    return catalogue(shown, title=title)
+        yield entry
 
 
-def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry", registered: bool = True) -> Catalogue:
+def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry") -> Catalogue:
     """Versions under their names, each told which mixtures use it; names without tags get `latest` on the newest."""
     every = list(versions)
     users: dict[str, list[str]] = {}
@@ -122,19 +143,19 @@ def catalogue(versions: Iterable[ShownVersion], *, title: str = "Registry", regi
     made = []
     for name in sorted(names):
         held = sorted(names[name], key=lambda v: -v.version.version)
-        if not any("latest" in entry.tags for entry in held):
+        if held[0].registered and not any("latest" in entry.tags for entry in held):
             held[0] = dataclasses.replace(held[0], tags=("latest", *held[0].tags))
         made.append(ShownName(name, tuple(held)))
-    return Catalogue(tuple(made), title, registered)
+    return Catalogue(tuple(made), title)
 
 
 def _shown_version(details: Details) -> ShownVersion:
     version = details.version
-    entry = ShownVersion(version, _tags(details), details.files, signers=_signers(details))
+    entry = ShownVersion(version, _tags(details), details.files)
     try:
         if version.kind == "mixture":
             return dataclasses.replace(entry, mixture=mixture_facts(details.document, version.uses))
-        return dataclasses.replace(entry, card=_sound(ExpertCard.from_dict(details.document, where="expert.json")))
+        return dataclasses.replace(entry, card=sound_card(ExpertCard.from_dict(details.document, where="expert.json")))
     except XpertError as error:
         return dataclasses.replace(entry, problem=str(error))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -142,12 +163,26 @@ def _shown_version(details: Details) -> ShownVersion:
 
 
 def _tags(details: Details) -> tuple[str, ...]:
-    held = getattr(details, "tags", {})
-    return tuple(sorted(tag for tag, number in held.items() if number == details.version.version))
+    return tuple(sorted(tag for tag, number in details.tags.items() if number == details.version.version))
 
 
-def _signers(details: Details) -> tuple[str, ...]:
-    return tuple(str(signer) for signer in getattr(details, "signers", ()))
+def _with_signers(registry: Registry, entry: ShownVersion) -> ShownVersion:
+    """The version with who signed it, every signature checked: one that does not match is a problem, not a signer.
+
+    Whom to trust is for each reader to say, so no trust list is asked.
+    """
+    version = entry.version
+    try:
+        signatures = registry.records.read_signatures(version.name, version.version).signatures
+        if not signatures:
+            return entry
+        record = registry.record(version.ref)
+        wrong = [fingerprint(made.key) for made in signatures if not verify(made, record)]
+    except XpertError as error:
+        return dataclasses.replace(entry, problem=entry.problem or f"its signatures could not be checked: {error}")
+    if wrong:
+        return dataclasses.replace(entry, problem=f"the signature by {wrong[0]} does not match this version")
+    return dataclasses.replace(entry, signers=tuple(fingerprint(made.key) for made in signatures))
 
 
 def mixture_facts(document: Mapping[str, Any], uses: Iterable[str]) -> MixtureFacts:
@@ -167,7 +202,7 @@ def mixture_facts(document: Mapping[str, Any], uses: Iterable[str]) -> MixtureFa
     )
 
 
-def _sound(card: ExpertCard) -> ExpertCard:
+def sound_card(card: ExpertCard) -> ExpertCard:
     """The card, if its numbers are numbers: the pages compute with them. Raises TypeError or ValueError."""
     for part in (card.adapter, card.selection, card.training, card.licences, card.spent, card.gates):
         if not isinstance(part, Mapping):

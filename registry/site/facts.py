@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,20 @@ class ProfileLine:
         return f"{100 * min(1.0, max(0.0, value)):.2f}%"
 
 
-def rows_of_profile(scores: Mapping[str, SkillScore]) -> list[ProfileLine]:
-    """The lines of a table of scores, at most 300, those with the most items first where they are more."""
-    kept = sorted(scores, key=lambda name: -scores[name].expert.n)[:MOST_LINES] if len(scores) > MOST_LINES else scores
-    return [ProfileLine(shown(name, 120), scores[name]) for name in kept]
+def rows_of_profile(scores: Mapping[str, SkillScore], first: Sequence[str] = ()) -> list[ProfileLine]:
+    """The lines of a table of scores: those named `first`, then by gain; at most 300, those with the most items."""
+    kept = sorted(scores, key=lambda name: -scores[name].expert.n)[:MOST_LINES]
+    place_of = {name: index for index, name in enumerate(first)}
+
+    def order(name: str) -> tuple[int, float, str]:
+        score = scores[name]
+        return place_of.get(name, len(place_of)), score.base.score - score.expert.score, name
+
+    return [ProfileLine(shown(name, 120), scores[name]) for name in sorted(kept, key=order)]
 
 
 def card_facts(entry: ShownVersion, base_of: Callable[[ShownVersion], str]) -> list[Fact]:
-    """What two experts are compared by, and what the head of a version shows; facts that are not stated are left out."""
+    """What two experts are compared by and a version shows of its card; facts that are not stated are left out."""
     version, card = entry.version, entry.card
     if card is None:
         return []
@@ -79,7 +85,7 @@ def chain(entry: ShownVersion) -> list[Step]:
     shots = _facts(
         ("shots trained on", figures.get("shots")),
         ("held out", figures.get("held_out_shots")),
-        ("fingerprint", _short(inputs.get("shots"))),
+        ("hash", _short(inputs.get("shots"))),
     )
     chosen = _facts(
         ("method", config.get("method")),
@@ -93,7 +99,7 @@ def chain(entry: ShownVersion) -> list[Step]:
         ("tokens", figures.get("tokens")),
         ("seconds", figures.get("seconds")),
         ("loss", _arrow(figures.get("first_loss"), figures.get("final_loss"))),
-        ("loss on held-out shots", _arrow(figures.get("validation_loss_before"), figures.get("validation_loss"))),
+        ("held-out loss", _arrow(figures.get("validation_loss_before"), figures.get("validation_loss"))),
         ("data", _short(selection.get("fingerprint"))),
     )
     if "experts" in card.training:
@@ -103,7 +109,7 @@ def chain(entry: ShownVersion) -> list[Step]:
             ("suite", profile.suite),
             ("skills", len(profile.skills)),
             ("items", sum(int(score.expert.n) for score in profile.skills.values())),
-            ("fingerprint", _short(profile.suite_fingerprint)),
+            ("hash", _short(profile.suite_fingerprint)),
         )
         if profile
         else ()

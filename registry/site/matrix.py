@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,24 @@ from xpert.registry.card import Interval, SkillScore
 from xpert.registry.site.data import Catalogue, ShownVersion
 from xpert.registry.site.wording import place, shown
 
-__all__ = ["GROUPS", "MOST_LIKENED", "Matrix", "likeness_order", "skill_matrix"]
+__all__ = [
+    "GROUPS",
+    "MOST_LIKENED",
+    "Grid",
+    "GridCell",
+    "GridLine",
+    "Matrix",
+    "likeness_order",
+    "member_grid",
+    "skill_matrix",
+]
 
 GROUPS = ("skills", "clusters", "keywords")
 MOST_LIKENED = 1_000
 """Experts up to which they are ordered by likeness, which takes time and memory by their square."""
+
+MOST_MEMBERS = 24
+MOST_SKILLS = 60
 
 _Key = tuple[str, str, str]
 
@@ -34,11 +48,9 @@ class Matrix:
     cells: tuple[Mapping[int, SkillScore], ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """`columns` [[skill, metric, suite]], `cells` per version [[column, expert, base]] with [score, low, high, n]."""
+        """columns: [[skill, metric, suite]]; cells: one list a version, of [column, expert, base]."""
         return {
-            "columns": [
-                [shown(skill, 80), shown(metric, 40), place(suite, 80)] for skill, metric, suite in self.columns
-            ],
+            "columns": [[shown(skill, 80), shown(metric, 40), suite] for skill, metric, suite in self.columns],
             "cells": [
                 [[column, _plain(score.expert), _plain(score.base)] for column, score in sorted(cells.items())]
                 for cells in self.cells
@@ -56,7 +68,11 @@ class Matrix:
 
 def skill_matrix(found: Catalogue, *, group: str = "skills", every: bool = False) -> Matrix:
     """The scores of the latest version of every name, or of every version; those without any are left out."""
-    versions = [v for name in found.names for v in (name.versions if every else (name.latest,))]
+    return skill_matrix_of([v for name in found.names for v in (name.versions if every else (name.latest,))], group)
+
+
+def skill_matrix_of(versions: Sequence[ShownVersion], group: str = "skills") -> Matrix:
+    """The scores of these versions; those without any are left out."""
     held = [(version, _scores_of(version, group)) for version in versions]
     held = [(version, scores) for version, scores in held if scores]
     # Suites of one name but other items are told apart by the beginning of their fingerprints.
@@ -94,6 +110,58 @@ def likeness_order(values: NDArray[np.float64]) -> list[int]:
     filled = np.where(known, values, means)
     tree = linkage(filled, method="average", optimal_ordering=len(values) <= 300)
     return [int(leaf) for leaf in leaves_list(tree)]
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """A score as a coloured cell: its class in site.css, its text, and what it says when pointed at."""
+
+    kind: str = "none"
+    text: str = ""
+    told: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class GridLine:
+    skill: str
+    metric: str
+    cells: tuple[GridCell, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Skills x the experts of a mixture; `left_out` counts the skills beyond the first 60."""
+
+    keys: tuple[str, ...] = ()
+    lines: tuple[GridLine, ...] = ()
+    left_out: int = 0
+
+
+def member_grid(mixture: ShownVersion, versions: Mapping[str, ShownVersion]) -> Grid:
+    """The scores of a mixture's experts side by side; empty where fewer than two have a profile."""
+    members = mixture.mixture.members[:MOST_MEMBERS] if mixture.mixture else ()
+    held = [(member.key, versions[member.ref]) for member in members if member.ref in versions]
+    held = [(key, version) for key, version in held if version.profile]
+    if len(held) < 2:
+        return Grid()
+    found = skill_matrix_of([version for _, version in held])
+    lines = []
+    for column, (skill, metric, _) in enumerate(found.columns):
+        scores = [cells.get(column) for cells in found.cells]
+        known = [score.expert.score for score in scores if score]
+        top = max(known) if len(known) > 1 else math.inf
+        lines.append(GridLine(shown(skill, 80), shown(metric, 40), tuple(_cell(score, top) for score in scores)))
+    return Grid(tuple(shown(key, 80) for key, _ in held), tuple(lines[:MOST_SKILLS]), max(0, len(lines) - MOST_SKILLS))
+
+
+def _cell(score: SkillScore | None, top: float) -> GridCell:
+    if score is None:
+        return GridCell(told="not scored")
+    own = score.expert
+    step = min(8, max(0, int(9 * own.score)))
+    told = f"{own.score:.3f} [{own.low:.3f}, {own.high:.3f}], {own.n} items; base {score.base.score:.3f}"
+    return GridCell(f"s{step}", f"{100 * own.score:.0f}", told, own.score == top)
 
 
 def _scores_of(version: ShownVersion, group: str) -> Mapping[str, SkillScore]:

@@ -1,7 +1,8 @@
-"""The pages of a catalogue, each made when it is asked for: the folder holds them all, a server shows them one by one."""
+"""The pages of a catalogue, each made when it is asked for: a folder holds them all, a server shows one by one."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,9 +15,9 @@ from xpert.registry.names import NAME_PATTERN
 from xpert.registry.site import wording
 from xpert.registry.site.data import Catalogue, ShownName, ShownVersion
 from xpert.registry.site.facts import card_facts, chain, rows_of_profile, training_facts
-from xpert.registry.site.matrix import GROUPS, MOST_LIKENED, Matrix, likeness_order, skill_matrix
+from xpert.registry.site.matrix import GROUPS, MOST_LIKENED, Matrix, likeness_order, member_grid, skill_matrix
 
-__all__ = ["MEDIA_TYPES", "Site", "page_path"]
+__all__ = ["MEDIA_TYPES", "POLICY", "Site", "page_path"]
 
 HERE = Path(__file__).parent
 ASSETS = ("site.css", "site.js")
@@ -25,6 +26,8 @@ MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
 }
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What the pages' browser may load and run: the one script and style of the site. JSON blocks do not run."""
 MOST_LINKS = 1_000
 """Names that the list shows where scripts do not run."""
 
@@ -41,7 +44,7 @@ class Site:
     """All pages of one catalogue. `render` is pure: the same catalogue gives the same bytes."""
 
     def __init__(self, found: Catalogue) -> None:
-        self.catalogue = found
+        self.catalogue = dataclasses.replace(found, title=wording.shown(found.title, 200))
         self._names = {page_path(name.name): name for name in found.names}
         self._fixed: dict[str, Callable[[], str]] = {
             "index.html": self._index,
@@ -95,10 +98,11 @@ class Site:
 
     def _compare(self) -> str:
         matrix = skill_matrix(self.catalogue, every=True)
-        cells = dict(zip((v.version.ref for v in matrix.versions), matrix.to_plain()["cells"], strict=True))
+        plain = matrix.to_plain()
+        cells = dict(zip((v.version.ref for v in matrix.versions), plain["cells"], strict=True))
         versions = [
             [
-                *(v.version.ref, "latest" if v is name.latest else "", page_path(name.name)),
+                *(wording.shown(v.version.ref, 150), "latest" if v is name.latest else "", page_path(name.name)),
                 [[label, text] for label, text in card_facts(v, self._base)],
                 cells.get(v.version.ref, []),
             ]
@@ -159,6 +163,10 @@ class Site:
         }
 
     @cached_property
+    def _versions(self) -> dict[str, ShownVersion]:
+        return {v.version.ref: v for name in self.catalogue.names for v in name.versions}
+
+    @cached_property
     def _environment(self) -> Any:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -175,20 +183,18 @@ class Site:
             "number": wording.number,
             "size": wording.size,
             "date": wording.date,
-            "tojson_plain": lambda text: json.dumps(text, ensure_ascii=False),
+            "quoted": lambda text: json.dumps(text, ensure_ascii=False),
         }
-        environment.globals |= {
-            **{"verdict": wording.verdict, "gain": wording.gain, "page_path": page_path, "embed": embed},
-            **{"chain": chain, "card_facts": card_facts, "training_facts": training_facts},
-            "rows_of_profile": rows_of_profile,
-        }
+        told = (card_facts, chain, training_facts, rows_of_profile, page_path, embed, wording.verdict, wording.gain)
+        environment.globals |= {function.__name__: function for function in told}
+        environment.globals["member_grid"] = lambda mixture: member_grid(mixture, self._versions)
         return environment
 
     def _page(self, template: str, *, root: str = "", **context: Any) -> str:
         text: str = self._environment.get_template(template).render(
-            root=root, catalogue=self.catalogue, base_of=self._base, known=self._known, **context
+            root=root, policy=POLICY, catalogue=self.catalogue, base_of=self._base, known=self._known, **context
         )
-        return text
+        return wording.seen(text)
 
 
 def embed(value: Any) -> Any:

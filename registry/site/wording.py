@@ -9,7 +9,7 @@ from typing import Any
 
 from xpert.registry.card import Interval
 
-__all__ = ["MOST_TEXT", "date", "gain", "number", "place", "shown", "size", "verdict"]
+__all__ = ["MOST_TEXT", "date", "gain", "number", "place", "seen", "shown", "size", "verdict"]
 
 MOST_TEXT = 2_000
 """Letters of a text that are shown; a card may hold megabytes."""
@@ -17,7 +17,7 @@ MOST_TEXT = 2_000
 # Control characters, halves of surrogate pairs, and the marks that turn the direction of the text after them: with
 # those a name can be made to read as another one.
 _UNSHOWABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\uffff]"
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\uffff]"
 )
 _UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -28,6 +28,11 @@ def shown(value: Any, most: int = MOST_TEXT) -> str:
     cut = len(text) > most
     text = re.sub(r"\s+", " ", text[: most + 1]).strip()
     return _UNSHOWABLE.sub("�", text[:most].rstrip()) + ("…" if cut else "")
+
+
+def seen(page: str) -> str:
+    """A whole page with all replaced that no eye can see, but its line ends, should a template have let it through."""
+    return _UNSHOWABLE.sub(lambda found: found[0] if found[0] == "\n" else "�", page)
 
 
 def place(value: Any, most: int = MOST_TEXT) -> str:

@@ -4,7 +4,7 @@
 (() => {
   const $ = id => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
-  const PAGE_ROWS = 100, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
+  const PAGE_ROWS = 50, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
 
   // ── small things ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -85,6 +85,8 @@
       date: ({row}) => row[DATE],
     };
 
+    const breaking = text => node("bdi", {}, ...text.split("/").flatMap((part, at) => at ? ["/", node("wbr"), part] : [part]));
+
     function line(row, skill) {
       const bests = node("ul", {kind: "bests"});
       const shown = skill < 0 ? row[SCORES].slice(0, 3) : [best(row, skill)].filter(Boolean);
@@ -99,19 +101,23 @@
       const cells = [
         head, versions,
         node("td", {kind: "cell-score"}, shown.length ? bests : node("span", {text: unscored, kind: "muted"})),
-        node("td", {kind: "cell-base"}, bdi(data.bases[row[BASE]] || "–")),
+        node("td", {kind: "cell-base"}, breaking(data.bases[row[BASE]] || "–")),
         node("td", {text: bytes(row[SIZE]), kind: "n cell-size"}),
         node("td", {text: row[DATE], kind: "n cell-date"}),
       ];
       return node("tr", {}, ...cells);
     }
 
+    let before; // what the last letters found: more letters find among those
     function find() {
-      const asked = words($("q").value), skill = data.skills.indexOf($("skill").value);
+      const asked = words($("q").value), text = asked.join(" "), skill = data.skills.indexOf($("skill").value);
       const kind = data.kinds.indexOf($("kind").value), base = data.bases.indexOf($("base").value);
-      const found = rows.filter(({row, held}) =>
+      const others = fields.slice(1).map(field => $(field).value).join("\n");
+      const among = before && before.others === others && text.startsWith(before.text) ? before.found : rows;
+      const found = among.filter(({row, held}) =>
         (!asked.length || holds(held, asked)) && ($("kind").value === "" || row[KIND] === kind) &&
         ($("base").value === "" || row[BASE] === base) && (skill < 0 || row[SKILLS].includes(skill)));
+      before = {text, others, found};
       if (sort !== "name" || down) {
         const keyed = found.map((entry, at) => [keys[sort](entry, skill), at, entry]);
         keyed.sort(([a, i], [b, j]) => (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1) || i - j);
@@ -157,7 +163,11 @@
     }
     const changed = () => { page = 0; show(); save(); };
     $("q").addEventListener("input", changed);
-    for (const field of fields.slice(1)) $(field).addEventListener("change", changed);
+    for (const field of ["kind", "base"]) $(field).addEventListener("change", changed);
+    $("skill").addEventListener("change", () => { // who is best at it is what one wants to see first
+      if ($("skill").value) [sort, down] = ["score", true];
+      changed();
+    });
     $("filters").addEventListener("submit", event => event.preventDefault());
     $("clear").addEventListener("click", () => { for (const field of fields) $(field).value = ""; changed(); $("q").focus(); });
     for (const head of document.querySelectorAll("#list th[data-sort]"))
@@ -194,7 +204,7 @@
       const bases = [...new Set(rows.map(row => row.base))].sort((a, b) => a.localeCompare(b, "en"));
       $("base").replaceChildren(new Option("any", ""), ...bases.map(base => new Option(base, base)));
       $("base-label").hidden = bases.length < 2;
-      const orders = [["like", "by likeness"], ["mean", "by mean, best first"], ["name", "by name"]];
+      const orders = [["like", "by likeness"], ["mean", "by mean"], ["name", "by name"]];
       $("order").replaceChildren(...orders.slice(group.like && group.like_columns ? 0 : 1).map(([value, text]) => new Option(text, value)));
       byColumn = -1;
       arrange();
@@ -262,7 +272,7 @@
       }
       const ramps = [...byEnds.values()].slice(0, 6).map(({ends, metrics}) => {
         const ramp = node("div", {kind: "ramp"}, ...Array.from({length: 9}, (_, step) => node("i", {kind: (gaining() ? "d" : "s") + step})));
-        const names = metrics.length > 4 ? `${metrics.slice(0, 4).join(", ")} and ${metrics.length - 4} more` : metrics.join(", ");
+        const names = metrics.length > 8 ? `${metrics.slice(0, 7).join(", ")} and ${metrics.length - 7} more` : metrics.join(", ");
         return node("div", {}, node("span", {kind: "ramp-name"}, bdi(names)), ramp, node("div", {kind: "ramp-ends"}, ...ends.map(text => node("span", {text}))));
       });
       const missing = node("div", {kind: "key"}, node("i", {kind: "none"}), node("span", {text: "not scored"}));
@@ -287,7 +297,7 @@
       const corner = node("th", {scope: "col", text: "Expert"});
       const mean = node("th", {scope: "col", kind: "mean"}, node("button", {type: "button", title: "mean of the cells shown"}, node("span", {text: "mean of these"})));
       mean.firstElementChild.addEventListener("click", () => { byColumn = -1; $("order").value = "mean"; arrange(); });
-      table = node("table", {kind: "heat", role: "grid", "aria-label": "Scores of experts by skill", "aria-rowcount": shownRows.length + 1, "aria-colcount": shownColumns.length + 2},
+      table = node("table", {kind: shownColumns.length <= 10 ? "heat roomy" : "heat", role: "grid", "aria-label": "Scores of experts by skill", "aria-rowcount": shownRows.length + 1, "aria-colcount": shownColumns.length + 2},
         node("thead", {}, node("tr", {"aria-rowindex": 1}, corner, ...heads, mean)), node("tbody"));
       scroll.replaceChildren(table);
       $("count").textContent = shownRows.length && shownColumns.length
@@ -382,15 +392,18 @@
       fill();
       rove();
       const cell = cellAt(...active);
-      const side = table.querySelector("thead th").offsetWidth;
-      if (cell.offsetLeft - side < scroll.scrollLeft) scroll.scrollLeft = cell.offsetLeft - side;
-      else if (cell.offsetLeft + cell.offsetWidth > scroll.scrollLeft + scroll.clientWidth) scroll.scrollLeft = cell.offsetLeft + cell.offsetWidth - scroll.clientWidth;
       cell.focus({preventScroll: true});
+      scroll.style.scrollPadding = `${head}px 0 0 ${table.querySelector("thead th").offsetWidth}px`; // what the fixed headers hide is not in view
+      cell.scrollIntoView({block: "nearest", inline: "nearest", behavior: "instant"});
     }
 
     const cellOf = event => event.target.closest?.("td[data-r]");
     scroll.tabIndex = -1;
-    scroll.addEventListener("scroll", () => { hush(); fill(); }, {passive: true});
+    scroll.addEventListener("scroll", () => { // a move by key scrolls too: what it came to stays explained
+      fill();
+      const cell = document.activeElement?.closest?.("td[data-r]");
+      if (cell) explain(cell); else hush();
+    }, {passive: true});
     scroll.addEventListener("keydown", move);
     scroll.addEventListener("pointerover", event => { const cell = cellOf(event); if (cell) explain(cell); else hush(); });
     scroll.addEventListener("pointerleave", hush);
@@ -462,7 +475,9 @@
     }
 
     function scores(one, other) {
-      const columns = [...new Set([...one.cells.keys(), ...other.cells.keys()])].sort((a, b) => a - b);
+      const shared = at => one.cells.has(at) && other.cells.has(at);
+      const distance = at => shared(at) ? Math.abs(one.cells.get(at)[1][0] - other.cells.get(at)[1][0]) : -1;
+      const columns = [...new Set([...one.cells.keys(), ...other.cells.keys()])].sort((a, b) => distance(b) - distance(a) || a - b);
       if (!columns.length) return node("section", {}, node("p", {kind: "empty", text: "Neither has a profile."}));
       const tally = {first: 0, second: 0, unclear: 0, alone: 0};
       const lines = columns.map(at => {
@@ -471,8 +486,8 @@
         const head = node("th", {scope: "row"}, bdi(skill), " ", node("span", {kind: "metric", title: suite, text: metric}));
         const told = interval => interval
           ? node("td", {kind: "n"}, three(interval[0]), " ", node("span", {kind: "range", text: `${three(interval[1])}–${three(interval[2])}`}))
-          : node("td", {kind: "n muted", text: "not scored"});
-        let said = "scored for one of the two only", difference = "", n = (mine ?? theirs)[3];
+          : node("td", {kind: "n", text: "–"});
+        let said = `scored for the ${mine ? "first" : "second"} only`, difference = "", n = (mine ?? theirs)[3];
         if (mine && theirs) {
           const words = verdict(mine, theirs);
           const clear = words.endsWith("beyond both intervals");
@@ -481,7 +496,7 @@
           tally[!clear ? "unclear" : words.startsWith("better") ? "first" : "second"] += 1;
           if (mine[3] !== theirs[3]) n = `${counted(mine[3])}, ${counted(theirs[3])}`;
         } else tally.alone += 1;
-        return node("tr", {}, head, node("td", {kind: "chart-cell"}, chart([mine, theirs])), told(mine), told(theirs),
+        return node("tr", mine && theirs ? {} : {kind: "alone"}, head, node("td", {kind: "chart-cell"}, chart([mine, theirs])), told(mine), told(theirs),
           node("td", {kind: "n strong", text: difference}), node("td", {kind: "n", text: typeof n === "number" ? counted(n) : n}), node("td", {kind: "verdict", text: said}));
       });
       const title = (text, kind) => node("th", {scope: "col", text, ...(kind ? {kind} : {})});
