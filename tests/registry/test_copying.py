@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from xpert.registry.copying import copy_versions
 from xpert.registry.opening import open_registry
 from xpert.registry.signing_keys import SigningKey
 from xpert.registry.store import Registry
+from xpert.storage import hash_file
 
 Run = Callable[..., Result]
 Maker = Callable[..., Path]
@@ -59,6 +61,20 @@ def test_from_place_to_place(filled: Registry, s3_bucket: str, tmp_path: Path) -
         assert list(target.verify()) == [] and dict(target.tags("acme/sums")) == {"stable": 1, "latest": 2}
         source = target
     assert type(source) is Registry and records(source) == records(filled)
+
+
+def test_what_an_older_xpert_published(tmp_path: Path) -> None:
+    """Its mixture still names the registry of its publisher."""
+    shutil.copytree(Path(__file__).parent / "fixtures" / "version-1", tmp_path / "old")
+    old, target = Registry(tmp_path / "old"), open_registry(f"memory://{tmp_path.name}/new")
+    copied = copy_versions(old, target, ["acme/two"])
+    assert copied[-1].ref == "acme/two@1" and all(one.new for one in copied) and len(copied) > 1
+    assert files_of(target.pull("acme/two", tmp_path / "a")) == files_of(old.pull("acme/two", tmp_path / "b"))
+    assert list(target.verify()) == []
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {path.name: hash_file(path) for path in folder.iterdir()}
 
 
 def test_only_what_is_asked_for(filled: Registry, tmp_path: Path) -> None:
