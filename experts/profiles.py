@@ -106,7 +106,7 @@ def profile_expert(
     }
     profile = dataclasses.replace(profile, how=how)
     write_profile(folder, profile, found, on_hub=lm.on_hub)
-    return Profiled(profile, found, (*_notes(card, items, seen, suite), *_view_notes(views)))
+    return Profiled(profile, found, (*_notes(card, items, seen, suite), *_view_notes(views, len(items))))
 
 
 def as_profile(
@@ -205,13 +205,19 @@ def _notes(card: ExpertCard, items: Sequence[SuiteItem], seen: Sequence[SuiteIte
     return notes
 
 
-def _view_notes(views: Views) -> list[str]:
+def _view_notes(views: Views, items: int) -> list[str]:
     notes = []
     left_out: Mapping[str, int] = views.probes.how.get("left_out", {})
     if left_out:
         counts = ", ".join(f"{count:,} by {metric}" for metric, count in Counter(left_out).items())
         notes.append(f"consistency is of right and wrong answers: items scored in part are left out of it ({counts})")
     how = views.keywords.how
+    unnamed = how.get("items_unnamed", 0)
+    if 2 * unnamed > items:
+        notes.append(
+            f"warning: for {unnamed:,} of {items:,} items the model named no keyword twice; these keywords say little, "
+            "and a larger --keyword-model may name better ones"
+        )
     if how and not views.keywords.members:
         notes.append(f"no keyword has {how['least_items']} items; lower --keyword-min")
     return notes

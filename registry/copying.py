@@ -30,6 +30,7 @@ def copy_versions(
     *,
     every: bool = False,
     tags: bool = False,
+    allow_secret_like: bool = False,
     progress: Progress = SILENT,
 ) -> list[Copied]:
     """Copies versions, and the experts of mixtures before them; what is there already stays.
@@ -45,7 +46,7 @@ def copy_versions(
     for ref in _with_experts(source, refs, every):
         record = source.record(ref)
         folder = source.pull(ref, progress=progress)
-        new = target.adopt(record, folder, progress=progress)
+        new = target.adopt(record, folder, allow_secret_like=allow_secret_like, progress=progress)
         signatures = source.records.read_signatures(record.version.name, record.version.version)
         if signatures.signatures:
             target.take_over(signatures)

@@ -64,11 +64,12 @@ _NO_PASSWORD = re.compile(
 
 
 def _password(secret: str) -> bool:
-    """Neither a name for a password, nor a variable or a mask in its place."""
+    """Neither a name for a password, nor a variable or a mask in its place. (The form leaves out `guest:guest`.)"""
     if _NO_PASSWORD.fullmatch(secret.strip("*x.•-_").casefold()) or len(set(secret)) < 3:
         return False
-    marked = secret[0] in "$<{[%" or secret[-1] in ">}]%" or secret.startswith(("your", "YOUR", "my-", "my_"))
-    return not marked
+    if re.search(r"pass(?:word|wd|wort)|secret|^your|^my[-_]", secret.casefold()):
+        return False
+    return secret[0] not in "$<{[%" and secret[-1] not in ">}]%"
 
 
 def _form(
@@ -120,7 +121,7 @@ _FORMS = (
     _form(
         "an address with a password",
         "://",
-        r"""://[^\s/:@"'`<>\\?#]{1,64}:(?P<secret>[^\s/:@"'`<>\\?#]{3,128})@[A-Za-z0-9\[]""",
+        r"""://(?P<user>[^\s/:@"'`<>\\?#]{1,64}):(?!(?P=user)@)(?P<secret>[^\s/:@"'`<>\\?#]{3,128})@[A-Za-z0-9\[]""",
         _password,
     ),
 )

@@ -172,7 +172,7 @@ def _check_secrets(path: Path, text: str) -> None:
         raise BadInput(
             f"line {found.line:,} holds what looks like {found.kind}",
             where=str(path),
-            hint="take it out and revoke it, or publish with --allow-secret-like if it is none",
+            hint="take it out and revoke it, or say --allow-secret-like if it is none",
         )
 
 

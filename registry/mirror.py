@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import builtins
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -132,14 +133,17 @@ class RemoteRegistry(Registry):
             return version
         raise Unavailable(f"others took {_ATTEMPTS} numbers of {name} in a row", where=self.location, hint="try again")
 
-    def adopt(self, record: Record, folder: Path, *, progress: Progress = SILENT) -> bool:
+    def adopt(
+        self, record: Record, folder: Path, *, allow_secret_like: bool = False, progress: Progress = SILENT
+    ) -> bool:
         try:
-            return super().adopt(record, folder, progress=progress)
+            return super().adopt(record, folder, allow_secret_like=allow_secret_like, progress=progress)
         except _Unsent as unsent:
             try:
                 self._send(unsent.record, progress)
             except FileExistsError:
-                return self.adopt(record, folder, progress=progress)  # says whether it is the same one
+                # Says whether it is the same one.
+                return self.adopt(record, folder, allow_secret_like=allow_secret_like, progress=progress)
         return True
 
     def _commit(self, record: Record) -> Record:
@@ -259,11 +263,24 @@ class RemoteRegistry(Registry):
             with disk_errors(self.folder):
                 self.remote.fetch(record, missing, self.blobs, progress)
 
+    def survey(self) -> Iterator[tuple[Version, Details | XpertError]]:
+        """As of every registry; the documents that are not here yet are fetched many at a time."""
+        with self._open() as index:
+            every = index.all()
+
+        def bring(version: Version) -> None:
+            with suppress(XpertError):  # what is wrong with a version is told when its turn comes
+                record = self._read(version)
+                self.fetch(record, _told_by(record))
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(bring, every))
+        return super().survey()
+
     def _details(self, version: Version, numbers: tuple[int, ...], tags: Mapping[str, int]) -> Details:
         record = self._read(version)
-        name = CARD_FILE if version.kind == "expert" else MIXTURE_FILE
-        files = [file for file in record.files if file.path == name]
-        return self._mended(record, files, SILENT, lambda: super(RemoteRegistry, self)._details(version, numbers, tags))
+        act = functools.partial(super()._details, version, numbers, tags)
+        return self._mended(record, _told_by(record), SILENT, act)
 
     def _take_out(self, record: Record, out: Path | None, progress: Progress) -> Path:
         if out is not None:
@@ -453,6 +470,12 @@ def _named(listing: Mapping[str, str]) -> dict[DocumentName, str]:
         except BadInput:
             continue  # `verify` tells of it
     return found
+
+
+def _told_by(record: Record) -> builtins.list[StoredFile]:
+    """The file that says what a version is: an expert's card, a mixture's JSON."""
+    name = CARD_FILE if record.version.kind == "expert" else MIXTURE_FILE
+    return [file for file in record.files if file.path == name]
 
 
 def _offline() -> bool:

@@ -36,7 +36,7 @@ def model_card(card: ExpertCard, *, on_hub: bool) -> str:
     """The whole text. `on_hub` tells that the base's reference is a name on the Hub and not a path."""
     base = _base_name(card, on_hub)
     sections = [
-        f"# {_text(card.name or 'expert')}",
+        f"# {_text(card.name) or 'expert'}",
         _paragraph(card.description),
         _purpose(card, base),
         _use(card, base),

@@ -35,7 +35,10 @@ class Remote(Protocol):
         """Checks the address; reaches for nothing yet."""
 
     def listing(self) -> Mapping[str, str]:
-        """Name of every document -> a mark that changes when its content does."""
+        """Name of every document -> a mark that changes when its content does.
+
+        Raises NotFound ("there is no registry") where nothing was ever published, unless that is an empty answer there.
+        """
 
     def read(self, document: str) -> bytes:
         """A document's content, its size bounded before it is read. Raises NotFound where there is none."""

@@ -200,14 +200,17 @@ class Registry:
         self.records.add(record)
         return record
 
-    def adopt(self, record: Record, folder: Path, *, progress: Progress = SILENT) -> bool:
+    def adopt(
+        self, record: Record, folder: Path, *, allow_secret_like: bool = False, progress: Progress = SILENT
+    ) -> bool:
         """Files a version of another registry, its files lying in `folder`, under its own number and record.
 
         False where it is here already. What may enter is examined as by `publish`. Raises BadInput where its number is
         taken by another content or by a removed version, Corrupt where the folder is not what the record says.
         """
         version = record.version
-        intake = examine(folder if version.kind == "expert" else folder / MIXTURE_FILE, max_bytes=2 * version.size)
+        source = folder if version.kind == "expert" else folder / MIXTURE_FILE
+        intake = examine(source, max_bytes=2 * version.size, allow_secret_like=allow_secret_like)
         if content_digest(intake.stored) != version.digest:
             raise Corrupt("holds other files than the record says", where=version.ref)
         with disk_errors(self.folder):

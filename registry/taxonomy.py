@@ -279,9 +279,9 @@ def skill_words(name: str) -> tuple[str, ...]:
 
 
 def _folded(word: str) -> str:
-    if len(word) > 6:
-        word = re.sub(r"is(ation|ing|e|ed|er)$", r"iz\1", word)
-    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
+    if len(word) > 3 and word.endswith("s") and word[-2] not in "sui":
+        word = word[:-1]
+    return re.sub(r"is(ation|ing|e|ed|er)$", r"iz\1", word) if len(word) > 6 else word
 
 
 def _reached(step: Any, start: str) -> tuple[str, ...]:

@@ -20,14 +20,27 @@ __all__ = ["command"]
 @click.option("--to", "target", required=True, metavar="URL", help="The registry to copy into: a folder or a URL.")
 @click.option("--all-versions", "every", is_flag=True, help="All versions of names that are given without one.")
 @click.option("--tags", is_flag=True, help="Also move the tags there that point to what is copied, except `latest`.")
+@click.option(
+    "--allow-secret-like", is_flag=True, help="Copy texts in which something looks like a token, key or password."
+)
 @registry_options
-def command(session: Session, registry: Registry, refs: tuple[str, ...], target: str, every: bool, tags: bool) -> None:
+def command(
+    session: Session,
+    registry: Registry,
+    refs: tuple[str, ...],
+    target: str,
+    every: bool,
+    tags: bool,
+    allow_secret_like: bool,
+) -> None:
     """Copy versions into another registry, under their own numbers; a mixture takes its experts along.
 
     What is there already stays; a number that is taken by another content there is refused.
     """
     into = open_registry(target)
-    copied = copy_versions(registry, into, refs, every=every, tags=tags, progress=session.progress)
+    copied = copy_versions(
+        registry, into, refs, every=every, tags=tags, allow_secret_like=allow_secret_like, progress=session.progress
+    )
     value = {"from": registry.location, "to": into.location, "copied": [dataclasses.asdict(one) for one in copied]}
     lines = []
     for one in copied:

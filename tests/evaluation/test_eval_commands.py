@@ -147,6 +147,24 @@ def test_a_model_names_keywords_and_routers_count_its_votes(
     assert asked == [30]
 
 
+def test_a_model_that_names_next_to_nothing_is_told(
+    xpert: Run, expert: Callable[..., Path], suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpert.experts.model_keywords import EngineAnswerer
+
+    def answers(self: Any, questions: Any) -> Any:
+        for index, question in enumerate(questions):
+            yield index, "casing" if "(case 1 " in question.text else f"word {index}"
+
+    monkeypatch.setattr(EngineAnswerer, "answers", answers)
+    arguments = ("--keywords", "model", "--skip-metric", "exec", "--max-tokens", 2, "--quiet", "--json")
+    result = xpert("profile", expert("colour", 1), "--suite", suite, *arguments)
+    assert result.exit_code == 0, result.output
+    told = " ".join(json.loads(result.stdout)["notes"])
+    assert "for 5 of 6 items the model named no keyword twice" in told
+    assert "no keyword has 5 items; lower --keyword-min" in told
+
+
 def test_items_seen_in_training_are_told(
     xpert: Run, expert: Callable[..., Path], write_jsonl: Callable[..., Path]
 ) -> None:

@@ -14,7 +14,9 @@ import torch
 from click.testing import Result
 
 from xpert.experts.engines.torch_lora import TorchEngine
+from xpert.experts.merge_folder import write_merge
 from xpert.experts.merge_sources import read_sources, shots_loss
+from xpert.experts.merging import merge
 from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
 from xpert.language_model import LanguageModel, load_model
 from xpert.protocols import EngineRequest
@@ -248,28 +250,22 @@ def test_a_mixture_is_distilled_from_the_command_line(
     assert card.selection["rows"] == 4 and card.licences == {"MIT": 10, "CC0-1.0": 2}
 
 
-@pytest.mark.parametrize(("method", "known"), [("svd", {"tokens", "seconds"}), ("lorahub", {"seconds"})])
-def test_a_merge_adds_to_what_its_experts_took(
-    method: str,
-    known: set[str],
-    experts: dict[str, Path],
-    tmp_path: Path,
-    xpert: Run,
-    write_jsonl: Callable[..., Path],
-    columns: Callable[..., Any],
-) -> None:
+def test_a_merge_adds_to_what_its_experts_took(experts: dict[str, Path], tmp_path: Path, xpert: Run) -> None:
     refs = []
     for key in "ab":
         folder = Path(shutil.copytree(experts[key], tmp_path / key))
         dataclasses.replace(ExpertCard.read(folder), spent={"tokens": 100, "seconds": 2.5}).write(folder)
         refs.append(folder)
-    shots = ("--shots", write_jsonl("shots.jsonl", columns(2)), "--param", "evaluations=3")
-    more = shots if method == "lorahub" else ()
-    result = xpert("merge", *refs, "--method", method, *more, "-o", tmp_path / "m", "--quiet")
+    result = xpert("merge", *refs, "--method", "svd", "-o", tmp_path / "m", "--quiet")
     assert result.exit_code == 0, result.stderr
     spent = ExpertCard.read(tmp_path / "m").spent
-    assert set(spent) == known and spent["seconds"] >= 5
-    assert spent.get("tokens", 200) == 200
+    assert spent["tokens"] == 200 and spent["seconds"] >= 5
+
+    # lorahub reads the base model over and over and does not count the tokens: then no sum of them is known.
+    sources = read_sources([str(ref) for ref in refs])
+    (made,) = merge(sources.task(rank=None, seed=0), "svd")
+    write_merge(tmp_path / "l", [dataclasses.replace(made, method="lorahub")], sources)
+    assert set(ExpertCard.read(tmp_path / "l").spent) == {"seconds"}
 
 
 def test_a_gated_mixture_teaches_behind_its_gate(mixture: Path, rows: list[Row], tmp_path: Path) -> None:

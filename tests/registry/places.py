@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +93,25 @@ def folder_place(tmp_path: Path) -> Place:
     return place_of(LocalFileSystem(), root, "elsewhere://place", by_url=False)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+@functools.cache
+def _serve_s3() -> str:
+    """One server for the whole run, whichever modules ask: s3fs keeps its connections in a cache of the process."""
     script = Path(__file__).with_name("s3_server.py")
     server = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
-    try:
-        yield server.stdout.readline().strip()
-    finally:
+
+    def end() -> None:
         server.kill()
         server.wait()
-        server.stdout.close()
+
+    atexit.register(end)
+    with server.stdout:
+        return server.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> str:
+    return _serve_s3()
 
 
 @pytest.fixture

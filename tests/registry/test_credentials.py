@@ -60,6 +60,8 @@ HARMLESS = {
     "lesson on keys": f"A key file begins with {PEM} and ends with -----END RSA PRIVATE KEY-----.",
     "public key": f"-----BEGIN PUBLIC KEY-----\n{drawn(64)}\n",
     "documented address": "postgresql://user:password@localhost/db or http://me:<password>@host, https://u:$PASS@h",
+    "same word twice": "amqp://guest:guest@localhost:5672 and postgresql://postgres:postgres@localhost/x",
+    "words for one": "smb://myuser:mypassword@server/share and https://a:very%20secret@host",
     "masked address": "https://bob:***@git.acme.org",
     "address with a port": "http://localhost:8000/a@b and https://acme.org:443/c?d=e@f",
     "time and mail": "see https://acme.org at 12:30, or write to bob@acme.org",
@@ -111,6 +113,10 @@ def test_publishing_refuses_and_never_shows_it(xpert: Run, registry: Registry, e
         "registry", "publish", folder, "--name", "acme/a", "--registry", registry.folder, "--allow-secret-like"
     )
     assert allowed.stdout == "published acme/a@1\n" and secret not in allowed.output
+    copying = ("registry", "copy", "acme/a", "--registry", registry.folder, "--to", registry.folder.with_name("other"))
+    refused = xpert(*copying)
+    assert refused.exit_code == 2 and kind in refused.stderr and secret not in refused.output
+    assert xpert(*copying, "--allow-secret-like").stdout == "copied acme/a@1\n"
 
 
 @pytest.mark.parametrize("place", ["expert.json", "exemplars.jsonl"])

@@ -370,3 +370,23 @@ def test_mistakes(
 def test_a_bad_name_is_told_before_any_work(xpert: Callable[..., Result], tmp_path: Path) -> None:
     made = xpert("registry", "import", "hf:me/absent", "--name", "me", "--registry", tmp_path / "registry")
     assert "'me' is not a name" in made.stderr
+
+
+def test_an_imported_expert_is_profiled_later(
+    adapter: Path, registry: Registry, xpert: Callable[..., Result], write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the documents say: pull, profile, publish the next version."""
+    import_adapter(adapter, "me/dates", registry)
+    suite = write_jsonl("suite.jsonl", [{"prompt": f"When? {n}", "answers": ["1"], "skill": "dates"} for n in range(4)])
+    folder = tmp_path / "dates"
+    for words in (
+        ("registry", "pull", "me/dates", "-o", folder, "--registry", registry.folder),
+        ("profile", folder, "--suite", suite, "--max-tokens", 2, "--device", "cpu"),
+        ("registry", "publish", folder, "--name", "me/dates", "--registry", registry.folder),
+    ):
+        made = xpert(*words)
+        assert made.exit_code == 0, made.stderr
+    shown = registry.show("me/dates")
+    assert shown.version.version == 2
+    assert shown.document["profile"]["skills"]["dates"]["expert"]["n"] == 4
+    assert shown.document["training"]["imported"]["source"] == "adapter"

@@ -15,7 +15,7 @@ from tests.registry.places import memory_place as memory_place
 from tests.registry.places import s3_bucket as s3_bucket
 from tests.registry.places import s3_place as s3_place
 from tests.registry.places import s3_server as s3_server
-from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
+from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.registry import mirror
 from xpert.registry.mirror import RemoteRegistry
 from xpert.registry.opening import open_registry
@@ -264,6 +264,24 @@ def test_gc_there(
     would = a.gc(dry_run=True)
     assert would.files == 5 and would == a.gc()  # four files, and the copy of the record; one file is shared
     assert a.gc().files == 0 and list(a.verify()) == []
+
+
+def test_a_survey_is_that_of_a_folder(
+    place: Place, machine: Callable[..., RemoteRegistry], expert: Maker, registry: Registry
+) -> None:
+    a = machine(place, "a")
+    for seed in range(3):
+        for one in (a, registry):
+            one.publish(expert(f"{id(one)}-{seed}", seed=seed, scores={"arithmetic": 0.1 * seed}), f"acme/e{seed}")
+    b = machine(place, "b")
+    card = next(file for file in b.record("acme/e1").files if file.path == "expert.json")
+    place.spoil(f"blobs/{card.sha256[:2]}/{card.sha256[2:]}", b"rot")
+    there, here = [details for _, details in b.survey()], [details for _, details in registry.survey()]
+    assert [version.ref for version, _ in b.survey()] == ["acme/e0@1", "acme/e1@1", "acme/e2@1"]
+    assert isinstance(there[1], Corrupt) and there[1].where == "acme/e1@1: expert.json"
+    for far, near in ((there[0], here[0]), (there[2], here[2])):
+        assert not isinstance(far, XpertError) and not isinstance(near, XpertError)
+        assert far.document == near.document and far.tags == near.tags
 
 
 def test_offline(place: Place, machine: Callable[..., RemoteRegistry], expert: Maker, monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
