@@ -395,7 +395,7 @@ def _registry(location: str | None) -> ExpertStore:
 
 
 def _no_such_mixture(path: Path) -> NotFound:
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir() if _may_be_mixture(p)] if path.parent.is_dir() else []
     close = nearest(path.name, beside)
     hint = (
         f"did you mean {str(path.parent / close)!r}?"
@@ -403,6 +403,12 @@ def _no_such_mixture(path: Path) -> NotFound:
         else "give a mixture file, OWNER/NAME, or an expert folder"
     )
     return NotFound("no such mixture or expert", where=str(path), hint=hint)
+
+
+def _may_be_mixture(path: Path) -> bool:
+    if path.is_dir():
+        return (path / CARD_FILE).is_file() or (path / MIXTURE_FILE).is_file()
+    return path.suffix == ".json" and (_try_read(path) or {}).get("kind") == "mixture"
 
 
 def _read_exemplars(path: Path) -> list[dict[str, Any]]:

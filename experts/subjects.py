@@ -72,7 +72,12 @@ def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
         except NotFound:
             return Entrant(ref, ref)
         registry = store
-    mixture = load_mixture(ref, registry)
+    try:
+        mixture = load_mixture(ref, registry)
+    except NotFound as error:
+        if not path.exists() and error.hint and error.hint.startswith("give a mixture"):
+            error.hint = "give a mixture file, OWNER/NAME, an expert folder, or a model"
+        raise
     # A single expert is called by its own key, not by the name of the mixture of one around it.
     name = mixture.keys[0] if len(mixture.keys) == 1 and mixture.router == "fixed" else mixture.name
     return Entrant(name, mixture.base.ref, mixture)

@@ -112,7 +112,7 @@ class Catalogue:
 
 
 def gather(registry: Registry, *, title: str = "Registry", progress: Progress = SILENT) -> Catalogue:
-    """Reads every version's record and document, one look at the index for all; some 0.5 ms a version.
+    """Reads every version's record and document, one look at the index for all; some 1 ms a version.
 
     A version whose record or document is damaged is shown with what ails it, and `progress` tells of it.
     """

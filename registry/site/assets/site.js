@@ -4,7 +4,7 @@
 (() => {
   const $ = id => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
-  const PAGE_ROWS = 50, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
+  const PAGE_ROWS = 50, FIRST_ROWS = 15, ROW_HEIGHT = 27, OVERSCAN = 12, GAIN_REACH = 0.5;
 
   // ── small things ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,12 +126,16 @@
       return [found, skill];
     }
 
-    function show() {
+    let rest; // while one types, the first rows come at once and the others once the fingers rest
+    function show(typing = false) {
       const [found, skill] = find();
+      clearTimeout(rest);
       const pages = Math.max(1, Math.ceil(found.length / PAGE_ROWS));
       page = Math.min(Math.max(0, page), pages - 1);
       const from = page * PAGE_ROWS, shown = found.slice(from, from + PAGE_ROWS);
-      $("list").tBodies[0].replaceChildren(...shown.map(({row}) => line(row, skill)));
+      const now = typing ? FIRST_ROWS : PAGE_ROWS, body = $("list").tBodies[0];
+      body.replaceChildren(...shown.slice(0, now).map(({row}) => line(row, skill)));
+      if (shown.length > now) rest = setTimeout(() => body.append(...shown.slice(now).map(({row}) => line(row, skill))), 120);
       const part = pages > 1 ? `, ${counted(from + 1)}–${counted(from + shown.length)} shown` : "";
       const of = found.length === rows.length ? "" : ` of ${counted(rows.length)}`;
       $("count").textContent = found.length ? `${counted(found.length)}${of} name${found.length === 1 ? "" : "s"}${part}` : "Nothing matches all of this.";
@@ -161,9 +165,9 @@
       page = (parseInt(state.page, 10) || 1) - 1;
       show();
     }
-    const changed = () => { page = 0; show(); save(); };
-    $("q").addEventListener("input", changed);
-    for (const field of ["kind", "base"]) $(field).addEventListener("change", changed);
+    const changed = (typing = false) => { page = 0; show(typing); save(); };
+    $("q").addEventListener("input", () => changed(true));
+    for (const field of ["kind", "base"]) $(field).addEventListener("change", () => changed());
     $("skill").addEventListener("change", () => { // who is best at it is what one wants to see first
       if ($("skill").value) [sort, down] = ["score", true];
       changed();
@@ -369,7 +373,7 @@
         tip.replaceChildren(title, about, node("table", {}, node("tbody", {},
           line("score", told(own)), line("base", told(base)), line("gain", `${signed(own[0] - base[0], 1)} hundredths`),
           line("items", own[3] === base[3] ? counted(own[3]) : `${counted(own[3])}, base ${counted(base[3])}`),
-          line("", `${verdict(own, base)} (against the base)`))));
+        )), node("div", {text: `Against the base: ${verdict(own, base)}.`}));
       }
       const at = cell.getBoundingClientRect(), box = tip.getBoundingClientRect();
       const below = at.bottom + 8 + box.height < innerHeight;

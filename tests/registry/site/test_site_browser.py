@@ -63,6 +63,10 @@ def test_the_list_is_searched_sorted_and_paged(browser: Any, many: Catalogue, tm
     ]
     assert "#q=exp+01+uber" in browser.js("location.hash")
     browser.js("document.querySelector('#clear').click()")
+    browser.type("expert")
+    later = browser.js("new Promise(r => setTimeout(() => r(document.querySelectorAll('#list tbody tr').length), 400))")
+    assert later == 50  # the first rows come at once, the others when one has stopped typing
+    browser.js("document.querySelector('#clear').click()")
     browser.js(
         "(s => { s.value = 'skill 3'; s.dispatchEvent(new Event('change')); })(document.querySelector('#skill'))"
     )
