@@ -275,7 +275,7 @@ MISTAKES = [
         "unknown embedder",
     ),
     (["eval", "BASE", "--suite", "SUITE"], 3, "--skip-metric exec"),
-    (["eval", "nowhere", "--suite", "SUITE", "--skip-metric", "exec"], 2, "nowhere"),
+    (["eval", "nowhere", "--suite", "SUITE", "--skip-metric", "exec"], 2, "an expert folder, or a model"),
     (["eval", "--suite", "SUITE"], 2, "MIXTURE"),
     (["eval", "BASE", "--suite", "SUITE", "--skip-metric", "exec", "--controls"], 2, "mixtures of several experts"),
     (["eval", "BASE", "--suite", "SUITE", "--skip-metric", "exec", "-o", "SUITE"], 2, "exists already"),

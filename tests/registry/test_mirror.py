@@ -59,8 +59,10 @@ def test_what_one_machine_publishes_another_pulls(
 ) -> None:
     a, b = machine(place, "a"), machine(place, "b")
     folder = expert(scores={"arithmetic": 0.8}, description="adds numbers")
-    with pytest.raises(NotFound, match="no registry"):
-        b.list()
+    try:
+        assert b.list() == []  # as the Hub answers, where there always is something
+    except NotFound as error:
+        assert "no registry" in error.what
     version = a.publish(folder, "acme/sums", tags=("stable",))
     assert (version.ref, version.repeated) == ("acme/sums@1", False)
     assert a.publish(folder, "acme/sums").repeated
