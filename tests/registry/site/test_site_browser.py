@@ -88,6 +88,7 @@ def test_the_heat_map_by_keyboard(browser: Any, many: Catalogue, tmp_path: Path)
     browser.js("document.querySelector('td[data-r]').focus()")
     for key in ["ArrowRight"] * 3 + ["ArrowDown"] * 100:
         browser.key(key)
+    browser.js("new Promise(done => setTimeout(done, 200))")  # the last scroll is told of a frame later
     at = browser.js("[document.activeElement.dataset.r, document.activeElement.dataset.c]")
     assert at == ["100", "3"]
     box = browser.js("(b => [b.top, b.bottom, innerHeight])(document.activeElement.getBoundingClientRect())")
