@@ -296,7 +296,7 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         named = recorded if recorded is None or _is_url(recorded) else str(anchor / recorded)
         here = named is not None and (_is_url(named) or Path(named).is_dir())
         store = _registry(named if here else None)
-        if named and not here:
+        if not here:
             _check_present(entries, store, named, where)
     experts = [_member(entry, anchor, store, where) for entry in entries]
     _check_one_base(experts, base)
@@ -331,8 +331,10 @@ def _gate(value: Any, anchor: Path, where: str) -> GateChoice | None:
     return GateChoice(str(value["name"]), dict(value.get("params") or {}), file, fingerprint)
 
 
-def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str, where: str) -> None:
-    """For a mixture from elsewhere: says that its registry is not here, rather than that an expert is unknown."""
+def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | None, where: str) -> None:
+    """For a mixture from elsewhere, whose registry is not here or is not named: says so, rather than that an expert is
+    unknown. A published mixture names none, since it means the registry it is in."""
+    gone = f"the mixture's registry {named} is not here, and" if named else "the mixture does not say its registry, and"
     for _, ref, _, _ in entries:
         if _is_path(ref):
             continue
@@ -340,7 +342,7 @@ def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str, wh
             store.resolve(ref)
         except NotFound:
             raise NotFound(
-                f"the mixture's registry {named} is not here, and {store.location} has no {ref}",
+                f"{gone} {store.location} has no {ref}",
                 where=where,
                 hint="give the registry that holds its experts with --registry",
             ) from None

@@ -53,7 +53,8 @@ while True:
     deed = chance.choice(deeds)
     if deed == "publish":
         version = registry.publish(chance.choice(folders), f"{owner}/{chance.choice('abc')}{uuid.uuid4().hex[:2]}")
-        own.append(version.ref)
+        if version.ref not in own:
+            own.append(version.ref)
         print("published", version.ref, version.digest, flush=True)
     elif deed == "gc":
         registry.gc()
@@ -138,7 +139,7 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             assert worker.stdout is not None and worker.stdin is not None
             assert worker.stdout.readline() == "ready\n"
             worker.stdin.write("go\n")
-            worker.stdin.flush()
+            worker.stdin.close()
         told = []
         for worker in workers:
             assert worker.stdout is not None
@@ -146,10 +147,12 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             words = [worker.stdout.readline() for _ in range(chance.randrange(5))]
             time.sleep(chance.random() * 0.05)
             worker.send_signal(signal.SIGKILL)
-            told.append("".join(words) + worker.communicate(timeout=60)[0])
-            assert worker.returncode == -signal.SIGKILL, told
+            # Not `communicate`, which passes by what `readline` has read ahead.
+            told.append("".join(words) + worker.stdout.read())
+            assert worker.wait(timeout=60) == -signal.SIGKILL, told
+            worker.stdout.close()
         for text in told:
-            for line in text.rpartition("\n")[0].splitlines():
+            for line in text.rpartition("\n")[0].splitlines():  # the last word may be cut
                 deed, ref, *rest = line.split()
                 if deed == "published":
                     known[ref] = rest[0]

@@ -71,8 +71,10 @@ def test_a_mixture_pulled_elsewhere_finds_its_experts(
     pulled = there.pull("me/one", tmp_path / "moved" / "one")
     here = tmp_path / "here"
     there.folder.rename(here)
-    with pytest.raises(NotFound, match=r"registry .*there is not here, and .* has no me/casing@1. .*--registry"):
+    with pytest.raises(NotFound, match=r"does not say its registry, and .* has no me/casing@1. .*--registry"):
         load_mixture(pulled)
+    with pytest.raises(NotFound, match=r"registry .*there is not here, and .* has no me/casing@1. .*--registry"):
+        load_mixture(path)
     assert load_mixture(pulled, Registry(here)).keys == ("me/casing",)
     monkeypatch.setenv("XPERT_REGISTRY", str(here))
     assert load_mixture(pulled).keys == ("me/casing",)
