@@ -1,6 +1,6 @@
 """The documents of one registry: under their names in `records/`, and once more as blobs, from which names can be made.
 
-A document counts from the moment it has its name; its copy among the blobs follows. Both are fsynced.
+A document counts from the moment it has its name. Both the named one and its copy are fsynced.
 """
 
 from __future__ import annotations
@@ -147,14 +147,20 @@ class RecordFolder:
         self.copies.put_bytes(data)
 
     def replace(self, document: DocumentName, data: bytes) -> None:
-        """Writes a document, in place of the one that bears its name if there is one."""
-        self._write(self.path(document), data, replace=True)
+        """Writes a document, in place of the one that bears its name if there is one.
+
+        Its copy is there first: who dies between the two leaves litter, and not a document without a copy. (A record
+        and a mark of removal come the other way round, lest a copy speak of what never was; the index follows them.)
+        """
         self.copies.put_bytes(data)
+        self._write(self.path(document), data, replace=True)
 
     def remove(self, name: str, version: int) -> None:
         """Marks a version as removed; from the mark on, it is."""
         mark = DocumentName(name, "removed", version)
-        self.replace(mark, document_bytes(removal(name, version)))
+        data = document_bytes(removal(name, version))
+        self._write(self.path(mark), data, replace=True)
+        self.copies.put_bytes(data)
         for kind in ("record", "signatures"):
             self.path(DocumentName(name, kind, version)).unlink(missing_ok=True)
         sync_folder(self.path(mark).parent)

@@ -100,3 +100,17 @@ def test_names_of_documents() -> None:
     ):
         with pytest.raises(BadInput):
             parse_document(text)
+
+
+def test_who_dies_while_moving_a_tag_leaves_no_fault(three: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At either of its two writes: of the copy, and of the name."""
+    three.tag("acme/a@1", "stable")
+    for step in ("xpert.registry.blobs.BlobStore.put_bytes", "xpert.registry.record_folder.RecordFolder._write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, lambda *given, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                three.tag("acme/a@2", "stable")
+        assert three.verify() == [] and three.tags("acme/a")["stable"] == 1
+    three.tag("acme/a@3", "stable")
+    three.gc()
+    assert three.rebuild().restored == () and three.tags("acme/a")["stable"] == 3
