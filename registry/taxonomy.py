@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from xpert.errors import BadInput, Corrupt, NotFound, unknown
+from xpert.errors import BadInput, Corrupt, NotFound, nearest, unknown
 from xpert.registry.roll_up import RollUp, Scored, roll_up
 from xpert.storage import hash_json
 
@@ -203,10 +203,12 @@ class Taxonomy:
         return self.skills[found] if found else None
 
     def lookup(self, name: str) -> Skill:
-        """`find`, but raises NotFound with the nearest name."""
+        """`find`, but raises NotFound with the skill that the words mean, or else the nearest name."""
         found = self.find(name)
         if found is None:
-            raise unknown("skill", name, self.skills, where=self.source or None)
+            meant = next(iter(self.expand(name)), None) or nearest(name, self.skills)
+            hint = f"did you mean {meant!r}?" if meant else "`xpert registry skills` shows them all"
+            raise NotFound(f"unknown skill {name!r}", where=self.source or None, hint=hint)
         return found
 
     @cached_property

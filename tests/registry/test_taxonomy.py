@@ -13,7 +13,7 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xpert.errors import BadInput
+from xpert.errors import BadInput, NotFound
 from xpert.registry.card import Interval, SkillScore
 from xpert.registry.store import Registry
 from xpert.registry.taxonomy import BUILTIN as BUILTIN_FILE
@@ -277,3 +277,17 @@ def test_a_taxonomy_of_ones_own(xpert: Run, tmp_path: Path, monkeypatch: pytest.
         assert result.exit_code == 2
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ("french", "Did you mean 'french-translation'?"),  # what the word means, before what it looks like
+        ("arithmetik", "Did you mean 'arithmetic'?"),
+        ("frobnicate", "`xpert registry skills` shows them all"),
+    ],
+)
+def test_an_unknown_skill_is_answered_by_what_its_words_mean(asked: str, hint: str) -> None:
+    with pytest.raises(NotFound) as refused:
+        Taxonomy.builtin().lookup(asked)
+    assert str(refused.value).endswith(f"unknown skill {asked!r}. {hint}")
