@@ -18,7 +18,12 @@ __all__ = ["command"]
 @click.argument("text", nargs=-1)
 @click.option("--base", metavar="MODEL", help="Only experts of this base model (its reference or fingerprint).")
 @click.option("--kind", type=click.Choice(["expert", "mixture"]), help="Only experts, or only mixtures.")
-@click.option("--min-score", type=float, help="Only where a skill asked for, or any if none is, scores this much.")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    metavar="SCORE",
+    help="Only where a skill asked for, or any if none is, scores this much, from 0 to 1.",
+)
 @click.option("--embedder", metavar="SPEC", help="Also find what is close in meaning: minilm, st:NAME.")
 @click.option(
     "--taxonomy", metavar="FILE", help="A taxonomy of skills.  [default: $XPERT_TAXONOMY, or the built-in one]"
@@ -49,7 +54,17 @@ def command(session: Session, registry: Registry, text: Sequence[str], taxonomy:
         }
         for hit in hits
     ]
-    session.result({"hits": value}, lambda: _text(hits) if hits else "nothing found")
+    session.result({"hits": value}, lambda: _text(hits) if hits else _nothing(registry, options["base"]))
+
+
+def _nothing(registry: Registry, base: str | None) -> str:
+    """That nothing was found, and the base models there are where the one asked for is not among them."""
+    if base is None or registry.search("", base=base, limit=1):
+        return "nothing found"
+    there = sorted(
+        {f"{hit.version.base} ({hit.version.base_fingerprint[:12]})" for hit in registry.search("") if hit.version.base}
+    )
+    return f"nothing found: no expert is of the base {base!r}. There are those of {', '.join(there[:6]) or 'none'}"
 
 
 def _text(hits: Sequence[Hit]) -> str:

@@ -42,6 +42,16 @@ def test_the_whole_round(xpert: Run, expert: Maker, tmp_path: Path) -> None:
     assert json.loads(xpert("registry", "gc", "--registry", store, "--json").stdout)["files"] == 6
 
 
+def test_a_search_that_cannot_find_says_why(xpert: Run, expert: Maker) -> None:
+    xpert("registry", "publish", expert(), "--name", "acme/sums")
+    assert xpert("registry", "search", "--base", "tiny").stdout.count("acme/sums@1") == 1
+    assert xpert("registry", "search", "poetry", "--base", "tiny").stdout == "nothing found\n"
+    of_no_base = xpert("registry", "search", "--base", "tinny").stdout
+    assert of_no_base == "nothing found: no expert is of the base 'tinny'. There are those of tiny (tiny-fingerp)\n"
+    hundredths = xpert("registry", "search", "--min-score", "50")
+    assert hundredths.exit_code == 2 and "50.0 is not in the range 0<=x<=1" in hundredths.stderr
+
+
 def test_verify_and_pull_tell_of_damage(xpert: Run, expert: Maker) -> None:
     xpert("registry", "publish", expert(), "--name", "acme/a")
     folder = Path(json.loads(xpert("registry", "list", "--json").stdout)["registry"])
