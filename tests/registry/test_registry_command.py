@@ -83,6 +83,8 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
         "--tag latest",
     ),
     "unknown place": (["list", "--registry", "gopher://x/y"], 2, "no registries are known"),
+    "half an address of the Hub": (["list", "--registry", "hf:lab"], 2, "Write hf://lab, or ./hf:lab for a folder"),
+    "half an address": (["publish", "{expert}", "--name", "a/b", "--registry", "s3:/x/y"], 2, "Write s3://x/y"),
     "no registry": (["list", "--registry", "{expert}/none"], 2, "there is no registry"),
     "other folder": (["list", "--registry", "{expert}"], 2, "not a registry folder"),
     "misspelt command": (["publsh"], 2, "publish"),
