@@ -90,11 +90,11 @@ class SigningKey:
 
         where = str(path)
         data, mode = _read_small(path)
-        if mode is not None and mode & 0o077:
-            raise BadInput("others may read this private key", where=where, hint=f"run chmod 600 {path}")
         if b"-----BEGIN " not in data or b"PRIVATE KEY-----" not in data:
             hint = "the private key is the file without .pub" if data.startswith(KIND.encode()) else _MAKE
             raise BadInput("not a private key", where=where, hint=hint)
+        if mode is not None and mode & 0o077:
+            raise BadInput("others may read this private key", where=where, hint=f"run chmod 600 {path}")
         secret = None
         if b"ENCRYPTED" in data:
             secret = passphrase()

@@ -218,7 +218,7 @@ BAD_KEYS: dict[str, tuple[Callable[[Path], object], str]] = {
     "all read it": (lambda p: p.chmod(0o604), "others may read"),
     "elliptic curve": (lambda p: p.write_bytes(_pem("ec")), "another kind than Ed25519"),
     "for key exchange": (lambda p: p.write_bytes(_pem("x25519")), "another kind than Ed25519"),
-    "the public one": (lambda p: p.write_text("xpert-ed25519 AAAA\n"), "the file without .pub"),
+    "the public one": (lambda p: (p.chmod(0o644), p.write_text("xpert-ed25519 AAAA\n")), "the file without .pub"),
     "empty": (lambda p: p.write_text(""), "not a private key"),
     "cut short": (lambda p: p.write_text(p.read_text()[:60]), "is damaged"),
     "garbled": (lambda p: p.write_text(p.read_text().replace("MC4C", "AAAA")), "is damaged"),
