@@ -6,6 +6,7 @@ import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import registry_options
+from xpert.registry.names import url_scheme
 from xpert.registry.store import Registry
 
 __all__ = ["command"]
@@ -18,4 +19,6 @@ __all__ = ["command"]
 def command(session: Session, registry: Registry, ref: str, force: bool) -> None:
     """Remove a version, or a name with all its versions; their numbers are not given out again."""
     gone = [version.ref for version in registry.remove(ref, force=force)]
-    session.result({"removed": gone}, f"removed {', '.join(gone)}; `xpert registry gc` frees the space")
+    hub = url_scheme(registry.location) == "hf"
+    what_stays = "the Hub keeps its files in earlier commits" if hub else "`xpert registry gc` frees the space"
+    session.result({"removed": gone}, f"removed {', '.join(gone)}; {what_stays}")

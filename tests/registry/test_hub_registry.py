@@ -121,3 +121,5 @@ def test_commands(
     refused = command("publish", folder, "--name", "alice/dates", "--registry", "hf://lab", HF_TOKEN="hf_mistyped")
     assert refused.returncode == 2 and "hf auth login" in refused.stderr
     assert "hf_alice" not in published.stderr + refused.stderr and "hf_mistyped" not in refused.stderr
+    removed = command("remove", "alice/dates", "--registry", "hf://lab")
+    assert removed.stdout == "removed alice/dates@1; the Hub keeps its files in earlier commits\n"
