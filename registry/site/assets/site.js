@@ -25,6 +25,7 @@
   const counted = value => value.toLocaleString("en-US");
   const three = value => value.toFixed(3);
   const hundredths = value => String(Math.round(100 * value));
+  const signedScore = value => `${value < -0.0005 ? "−" : "+"}${three(Math.abs(value))}`;
   const signed = (value, digits = 0) => {
     const text = (100 * value).toFixed(digits);
     return Number(text) > 0 ? `+${text}` : text.replace("-", "−").replace(/^−(0\.?0*)$/, "$1");
@@ -91,7 +92,7 @@
       const bests = node("ul", {kind: "bests"});
       const shown = skill < 0 ? row[SCORES].slice(0, 3) : [best(row, skill)].filter(Boolean);
       for (const [at, score, gain] of shown)
-        bests.append(node("li", {}, bdi(data.skills[at]), node("b", {text: three(score)}), node("span", {text: signed(gain), kind: "range", title: "gain over the base, in hundredths"})));
+        bests.append(node("li", {}, bdi(data.skills[at]), node("b", {text: three(score)}), node("span", {text: signedScore(gain), kind: "range", title: "gain over the base"})));
       const unscored = row[SKILLS].length ? row[SKILLS].slice(0, 3).map(at => data.skills[at]).join(", ") : "–";
       const head = node("th", {scope: "row"}, node("a", {href: row[PATH]}, bdi(row[NAME])));
       if (data.kinds[row[KIND]] === "mixture") head.append(" ", node("span", {text: "mixture", kind: "chip tag"}));
