@@ -141,7 +141,8 @@ def _usage_line(error: click.UsageError) -> str:
     if close and "Did you mean" not in message:
         message = f"{message}. Did you mean {close}?"
     hint = "" if close or "Did you mean" in message else f". See `{context.command_path} --help`"
-    return f"{context.command_path}: {message}{hint}"
+    where = context.command_path.removeprefix(context.find_root().command_path).strip()
+    return f"{where}: {message}{hint}" if where else f"{message}{hint}"
 
 
 def _fail(line: str, status: int) -> NoReturn:

@@ -98,6 +98,14 @@ def test_a_mistake_is_one_line_and_status_2(command: str, xpert: Run, places: di
     assert sorted(places["d"].rglob("*")) == before, "something was left behind"
 
 
+def test_a_line_names_the_program_once(xpert: Run) -> None:
+    for command, said in (
+        (("registry", "list", "--registri", "x"), "xpert: registry list: No such option '--registri'. "),
+        (("selct",), "xpert: No such command 'selct'. "),
+    ):
+        assert xpert(*command).stderr.startswith(said)
+
+
 def test_no_command_prints_the_help(xpert: Run) -> None:
     for command in ((), ("pool",)):
         result = xpert(*command)
