@@ -111,8 +111,7 @@ def _with_skills(index: Index, asked: frozenset[str]) -> list[Version]:
 def _fits(version: Version, query: Query) -> bool:
     if query.kind is not None and version.kind != query.kind:
         return False
-    base = query.base
-    return base is None or base == version.base or (len(base) >= 8 and version.base_fingerprint.startswith(base))
+    return query.base is None or version.is_of(query.base)
 
 
 def _fused(orders: Sequence[Sequence[str]], kept: Iterable[str]) -> list[str]:

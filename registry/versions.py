@@ -12,7 +12,7 @@ from xpert.registry.documents import SCHEMA, DocumentName, document_bytes, read_
 from xpert.registry.names import check_name, parse_ref, portable
 from xpert.storage import hash_json
 
-__all__ = ["KINDS", "Part", "Record", "StoredFile", "Version", "content_digest"]
+__all__ = ["KINDS", "Part", "Record", "StoredFile", "Version", "base_shown", "content_digest"]
 
 KINDS = ("expert", "mixture")
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+=-]{0,127}")
@@ -45,6 +45,17 @@ class Version:
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def base_shown(self) -> str:
+        return base_shown(self.base)
+
+    def is_of(self, base: str) -> bool:
+        """Whether `base` means its base model: by reference, by what is shown of it, or by the beginning of its
+        fingerprint (8 characters or more)."""
+        if base and base in (self.base, self.base_shown):
+            return True
+        return len(base) >= 8 and self.base_fingerprint.startswith(base)
 
     @property
     def strengths(self) -> tuple[str, ...]:
@@ -187,6 +198,12 @@ def _file_value(file: StoredFile) -> dict[str, Any]:
 def _file(value: Mapping[str, Any]) -> StoredFile:
     parts = tuple(Part(sha256, size) for sha256, size in value.get("parts", ()))
     return StoredFile(value["path"], value["size"], value["sha256"], parts)
+
+
+def base_shown(reference: str) -> str:
+    """A base model's reference in a line; of a path its last part, since folders of other machines say nothing here."""
+    is_path = reference.startswith(("/", "~", ".")) or "\\" in reference
+    return re.split(r"[/\\]", reference.rstrip("/\\"))[-1] if is_path else reference
 
 
 def content_digest(files: tuple[StoredFile, ...]) -> str:

@@ -10,6 +10,7 @@ from xpert.commands.registry._shared import size_shown, table
 from xpert.registry.ranking.contests import Contests
 from xpert.registry.ranking.leaderboard import UNITS, Leaderboard, Ranking, Standing
 from xpert.registry.ranking.pareto import Front
+from xpert.registry.versions import base_shown
 
 __all__ = ["contests_shown", "leaderboard_shown"]
 
@@ -23,7 +24,7 @@ def leaderboard_shown(found: Leaderboard) -> str:
     what = "scores" if matrix.over == "expert" else "gains over the base"
     count = f"{len(matrix.systems)} expert{'s' if len(matrix.systems) != 1 else ''}"
     tasks = f"{len(matrix.tasks)} task{'s' if len(matrix.tasks) != 1 else ''}"
-    parts = [f"{count} of {matrix.base.ref} ({matrix.base.fingerprint[:12]}), by {what} on {tasks}"]
+    parts = [f"{count} of {base_shown(matrix.base.ref)} ({matrix.base.fingerprint[:12]}), by {what} on {tasks}"]
     several = len(found.rankings) > 1
     parts.append(_side_by_side(found.rankings) if several else _order(found.rankings[0]))
     parts += [said for ranking in found.rankings if (said := _facts(ranking))]

@@ -38,7 +38,7 @@ def _text(entries: Sequence[Entry]) -> str:
         [
             (
                 *(entry.latest.name, numbers_shown(entry.versions), _tags(entry), entry.latest.kind),
-                *(entry.latest.base or "-", skills_shown(entry.latest), size_shown(entry.latest.size)),
+                *(entry.latest.base_shown or "-", skills_shown(entry.latest), size_shown(entry.latest.size)),
                 entry.latest.created,
             )
             for entry in entries

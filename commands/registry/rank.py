@@ -19,7 +19,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME[@VERSION]...]")
-@click.option("--base", metavar="MODEL", help="Experts of this base model (its reference or fingerprint).")
+@click.option(
+    "--base", metavar="MODEL", help="Experts of this base model (its reference, the last part of it, or fingerprint)."
+)
 @click.option(
     "--pairs",
     "pair_file",

@@ -16,7 +16,11 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("text", nargs=-1)
-@click.option("--base", metavar="MODEL", help="Only experts of this base model (its reference or fingerprint).")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Only experts of this base model (its reference, the last part of it, or fingerprint).",
+)
 @click.option("--kind", type=click.Choice(["expert", "mixture"]), help="Only experts, or only mixtures.")
 @click.option(
     "--min-score",
@@ -62,7 +66,11 @@ def _nothing(registry: Registry, base: str | None) -> str:
     if base is None or registry.search("", base=base, limit=1):
         return "nothing found"
     there = sorted(
-        {f"{hit.version.base} ({hit.version.base_fingerprint[:12]})" for hit in registry.search("") if hit.version.base}
+        {
+            f"{hit.version.base_shown} ({hit.version.base_fingerprint[:12]})"
+            for hit in registry.search("")
+            if hit.version.base
+        }
     )
     return f"nothing found: no expert is of the base {base!r}. There are those of {', '.join(there[:6]) or 'none'}"
 
@@ -70,7 +78,7 @@ def _nothing(registry: Registry, base: str | None) -> str:
 def _text(hits: Sequence[Hit]) -> str:
     rows = [
         (
-            *(hit.version.ref, hit.version.kind, hit.version.base or "-", skills_shown(hit.version)),
+            *(hit.version.ref, hit.version.kind, hit.version.base_shown or "-", skills_shown(hit.version)),
             "-" if hit.score is None else f"{hit.skill} {hit.score:.3f}",
             *(() if hit.similarity is None else (f"{hit.similarity:.2f}",)),
         )
