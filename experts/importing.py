@@ -108,7 +108,7 @@ def write_imported(
     write_json(folder / CONFIG_FILE, settled)
     base = bare_base(files)
     adapter = _checked(folder, base, found)
-    warnings = [*_doubts(config, named, files, told, base.model.config), *_idle(adapter)]
+    warnings = [*_doubts(config, named, files, told, base), *_idle(adapter)]
     if told.exemplars is not None:
         write_file(folder / EXEMPLARS_FILE, _exemplars(told.exemplars))
     readme = read_readme(found.readme, progress)
@@ -189,7 +189,9 @@ def _facts(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     return facts | {key: config[key] for key in ("rank_pattern", "alpha_pattern") if config.get(key)}
 
 
-def _doubts(config: Mapping[str, Any], named: str | None, files: ModelFiles, told: Told, base: Any) -> list[str]:
+def _doubts(
+    config: Mapping[str, Any], named: str | None, files: ModelFiles, told: Told, base: LanguageModel
+) -> list[str]:
     """What does not forbid an import, and should be known."""
     from peft import LoraConfig
 
@@ -197,12 +199,14 @@ def _doubts(config: Mapping[str, Any], named: str | None, files: ModelFiles, tol
     if config.get("task_type") is None:
         found.append("it states no task; it is taken for one of a causal language model")
     last = str(named or "").rstrip("/").rpartition("/")[2]
-    if told.base is not None and last and last.casefold() not in Path(files.ref).name.casefold():
+    same = last.casefold() in Path(files.ref).name.casefold()
+    same |= len(last) >= 32 and base.fingerprint.startswith(last)  # the cache's folder of a decoded GGUF file
+    if told.base is not None and last and not same:
         found.append(
             f"it says it was made for {last}, and is taken for one of {Path(files.ref).name}: "
             "modules and shapes fit, which does not prove that the weights are the same"
         )
-    if getattr(base, "quantization_config", None):
+    if getattr(base.model.config, "quantization_config", None):
         found.append(
             "its base is quantised; to mix it with experts of the full model, import it with --base of that model"
         )

@@ -212,6 +212,15 @@ def test_accepted_with_a_warning(case: str, adapter: Path, registry: Registry) -
     assert made.card.training["imported"]["warnings"] == list(made.warnings)
 
 
+def test_a_base_named_by_its_own_hash_is_not_doubted(registry: Registry, adapter: Path, tiny_base: Path) -> None:
+    """As the experts of a GGUF file name it: by the folder in the cache that it was decoded into."""
+    hashed = model_fingerprint(str(tiny_base))[:32]
+    for number, (named, doubts) in enumerate(((hashed, 0), ("0" * 32, 1)), 1):
+        configure(adapter, base_model_name_or_path=f"/elsewhere/models/{named}")
+        made = import_adapter(adapter, f"me/a{number}", registry, Told(base=str(tiny_base)))
+        assert len(made.warnings) == doubts
+
+
 def test_another_base_and_a_quantised_one_are_warned_of(
     adapter: Path, tiny_base: Path, registry: Registry, tmp_path: Path
 ) -> None:
