@@ -80,6 +80,8 @@ class MainGroup(LazyCommands):
                     _abandon_stdout()
                     where = getattr(error, "filename", None) or "the output"
                     _fail(f"{where}: the disk is full. Free some space and run it again", 3)
+                if isinstance(error, PermissionError) and error.filename is not None:
+                    _fail(f"{error.filename}: permission denied. Check who may read and write there", 2)
                 raise
         sys.exit(status if isinstance(status, int) else 0)
 

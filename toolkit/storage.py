@@ -107,9 +107,11 @@ def disk_errors(target: Path) -> Iterator[None]:
         if disk_is_full(error):
             raise Unavailable("the disk is full", where=where, hint="free some space and run it again") from None
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise BadInput("may not be written", where=where, hint="choose another -o") from None
+            raise BadInput(
+                "may not be written", where=where, hint="choose another place, or change who may write there"
+            ) from None
         if code in (errno.ENOTDIR, errno.EEXIST):  # EEXIST: a folder was to be made where a file is
-            raise BadInput("a part of the path is a file", where=where, hint="choose another -o") from None
+            raise BadInput("a part of the path is a file", where=where, hint="choose another place") from None
         raise
 
 

@@ -145,6 +145,22 @@ def test_disk_errors_name_the_final_path_and_let_defects_pass() -> None:
         raise ZeroDivisionError
 
 
+def test_what_may_not_be_read_is_one_line_and_status_2(
+    xpert: Run, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = places["d"] / "sealed" / "registry.json"
+
+    def stat(path: Path, **_: Any) -> os.stat_result:
+        if sealed.parent in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os.stat(path)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    result = xpert("registry", "list", "--registry", sealed.parent)
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    assert result.stderr == f"xpert: {sealed}: permission denied. Check who may read and write there\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_full_disk_under_stdout() -> None:
     with open("/dev/full", "w") as full:
