@@ -40,14 +40,17 @@ def mix(
     """Assembles a mixture of `experts` (`owner/name[@version]` or expert folders), or of all experts of the registry
     that belong to `base`, in their latest versions. With `shots`, of the group of them that `recruit` chooses.
 
-    Raises BadInput where the experts belong to different bases, or for options of recruiting without shots; NotFound
-    where an expert does not exist.
+    Of all experts, those that the router could never choose, since they have no exemplars, stay out. Raises BadInput
+    where such an expert is named, where the experts belong to different bases, or for options of recruiting without
+    shots; NotFound where an expert does not exist.
     """
     if recruiting is not None and shots is None:
         raise BadInput("experts are recruited by shots, and none are given", hint="give --shots FILE")
     options = router_options(router, router_params or {})
     model = _base_model(base) if base is not None else None
     members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
+    if getattr(plugins.load("router", router), "needs_exemplars", False):
+        members = _with_exemplars(members, router, progress, named=experts is not None)
     if gate is not None:
         _check_vectors(gate, members)
     mixture = assemble(
@@ -62,6 +65,22 @@ def mix(
     if shots is None:
         return mixture
     return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+
+
+def _with_exemplars(
+    members: Sequence[MixtureExpert], router: str, progress: Progress, *, named: bool
+) -> list[MixtureExpert]:
+    """The members that a router by exemplars can choose; raises BadInput for one that was named, or if none is left."""
+    kept = [member for member in members if any(text.strip() for text in member.routable().exemplars)]
+    without = [member for member in members if member not in kept]
+    if without and (named or not kept):
+        raise BadInput(
+            f"expert {without[0].key!r} has no exemplars, which router {router} needs",
+            hint="import it with --exemplars, train it with shots, or mix with --router fixed",
+        )
+    for member in without:
+        progress.say(f"out: {member.ref} has no exemplars, which router {router} needs")
+    return kept
 
 
 def _check_vectors(gate: GateChoice, members: Sequence[MixtureExpert]) -> None:

@@ -82,6 +82,7 @@ class CentroidRouter:
     """
 
     Options = CentroidOptions
+    needs_exemplars = True
 
     def __init__(self, options: CentroidOptions, *, seed: int = 0, device: str = "auto") -> None:
         self.options = options

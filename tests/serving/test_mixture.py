@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.mixing import mix
 from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
 from xpert.registry.card import BaseModel
 from xpert.registry.store import Registry
@@ -57,6 +58,18 @@ def test_registered_experts_and_mixtures(make_expert: Callable[..., Path], tmp_p
     assert load_mixture("me/city", registry).router == "fixed"
     with pytest.raises(NotFound, match=r"(?i)did you mean 'me/casing"):
         load_mixture("me/casign", registry)
+
+
+def test_an_expert_that_the_router_could_never_choose(make_expert: Callable[..., Path], tmp_path: Path) -> None:
+    """An adapter imported without exemplars does not spoil the mixture of all experts, and is refused where named."""
+    registry = Registry(tmp_path / "registry")
+    registry.publish(make_expert("casing", seed=1), "me/casing")
+    registry.publish(make_expert("city", seed=2, exemplars=[]), "me/bare")
+    assert mix(registry, router="centroid").keys == ("me/casing",)
+    assert mix(registry, router="fixed").keys == ("me/bare", "me/casing")
+    for named in (["me/casing", "me/bare"], ["me/bare"]):
+        with pytest.raises(BadInput, match="expert 'me/bare' has no exemplars, which router centroid needs"):
+            mix(registry, router="centroid", experts=named)
 
 
 def test_a_mixture_pulled_elsewhere_finds_its_experts(
