@@ -171,7 +171,8 @@ class ExpertCard:
         """The card of an expert folder."""
         path = folder / CARD_FILE
         if not folder.exists():
-            raise NotFound("no such expert folder", where=str(folder), hint="check the path")
+            hint = "check the path, or take one out of a registry: `xpert registry pull OWNER/NAME -o DIR`"
+            raise NotFound("no such expert folder", where=str(folder), hint=hint)
         if not path.is_file():
             raise NotFound(
                 f"not an expert folder: it has no {CARD_FILE}", where=str(folder), hint="`xpert train` writes one"

@@ -51,7 +51,7 @@ MISTAKES = {
     "train {pool} --base {weightless} -o {d}/o": "weightless: the model folder has no weights",
     "mix --experts a/b --router centriod -o {d}/o": "centr",
     "mix --experts {d}/full -o {d}/o": "it has no expert.json",
-    "profile {d}/nope --suite {pool}": "nope: no such expert folder",
+    "profile {d}/nope --suite {pool}": "nope: no such expert folder. Check the path, or take one out of a registry",
     "profile {d}/full --suite {pool}": "it has no expert.json. `xpert train` writes one",
     "eval {d}/nope --suite {pool}": "nope: no such mixture or expert",
     "run {d}/nope.json --prompts {pool} -o {d}/o": "nope.json: no such mixture or expert",
