@@ -143,6 +143,26 @@ def test_every_folder_with_code_is_packaged() -> None:
             assert f'"{name}"' in text, f"{name} is missing from [tool.setuptools] packages"
 
 
+def test_every_file_beside_the_code_is_packaged() -> None:
+    """Templates, styles, schemas: without a pattern they are missing wherever xpert is installed."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    names, data = setuptools["packages"], setuptools["package-data"]
+    for folder, package in PACKAGES.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_dir() or path.suffix in (".py", ".pyc"):
+                continue
+            parts = path.relative_to(ROOT / folder).parts
+            owner = next(
+                (depth, name)
+                for depth in range(len(parts) - 1, -1, -1)
+                if (name := ".".join((package, *parts[:depth]))) in names
+            )
+            inner = Path(*parts[owner[0] :])
+            patterns = [*data.get("*", ()), *data.get(owner[1], ())]
+            fits = (len(Path(one).parts) == len(inner.parts) and inner.match(one) for one in patterns)
+            assert any(fits), f"no pattern of [tool.setuptools.package-data] takes {path.relative_to(ROOT)}"
+
+
 def test_every_imported_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [
