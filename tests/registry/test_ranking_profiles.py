@@ -61,7 +61,7 @@ def publish(registry: Registry, expert: Maker) -> Publish:
         }
         figures = {} if seconds is None else {"seconds_per_item": seconds}
         profile = SkillProfile(suite, suite * 64, skills, figures=figures) if scores else None
-        card = dataclasses.replace(ExpertCard.read(folder), profile=profile, adapter={"r": rank})
+        card = dataclasses.replace(ExpertCard.read(folder), profile=profile, adapter={"rank": rank})
         card.write(folder)
         return registry.show(registry.publish(folder, f"acme/{name}").ref)
 
@@ -315,6 +315,15 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "pairs without a row": (["--pairs", "{blank}"], 2, "holds no contest"),
     "pairs by borda": (["--pairs", "x.jsonl", "--method", "borda"], 2, "by bradley-terry alone"),
     "pairs of names": (["acme/a", "--pairs", "x.jsonl"], 2, "a NAME has no meaning beside --pairs"),
+    "mean over by borda": (["acme/a", "--mean-over", "own"], 2, "mean-over own is of the method mean"),
+    "prior by kemeny": (["acme/a", "--method", "kemeny", "--prior", "2"], 2, "prior 2.0 is of the method"),
+    "scores drawn never": (["acme/a", "--draw-scores", "--bootstrap", "0"], 2, "bootstrap is 0"),
+    "hardly a prior": (["acme/a", "--method", "bradley-terry", "--prior", "1e-300"], 2, "the prior is 1e-300"),
+    "boundless prior": (["acme/a", "--method", "bradley-terry", "--prior", "inf"], 2, "the prior is inf"),
+    "pairs and gains": (["--pairs", "x.jsonl", "--over", "gain"], 2, "--over has no meaning"),
+    "pairs and choices": (["--pairs", "x.jsonl", "--choice-scores"], 2, "--choice-scores has no meaning"),
+    "pairs and drawn scores": (["--pairs", "x.jsonl", "--draw-scores"], 2, "--draw-scores has no meaning"),
+    "pairs and the mean": (["--pairs", "x.jsonl", "--mean-over", "own"], 2, "mean-over own is of the method mean"),
     "pairs and costs": (["--pairs", "x.jsonl", "--pareto", "size"], 2, "--pareto has no meaning"),
 }
 
