@@ -381,10 +381,11 @@
       tip.classList.add("on");
     }
     const hush = () => tip.classList.remove("on");
+    let hushed = null; // the cell whose explanation was sent away: no scrolling brings it back
 
     function move(event) {
       const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-15, 0], PageDown: [15, 0], Home: [0, -1e9], End: [0, 1e9]};
-      if (event.key === "Escape") return hush();
+      if (event.key === "Escape") { hushed = document.activeElement; return hush(); }
       const by = steps[event.key];
       if (!by || event.target.closest("thead, tbody th") || !shownRows.length) return;
       event.preventDefault();
@@ -406,7 +407,7 @@
     scroll.addEventListener("scroll", () => { // a move by key scrolls too: what it came to stays explained
       fill();
       const cell = document.activeElement?.closest?.("td[data-r]");
-      if (cell) explain(cell); else hush();
+      if (cell && cell !== hushed) explain(cell); else hush();
     }, {passive: true});
     scroll.addEventListener("keydown", move);
     scroll.addEventListener("pointerover", event => { const cell = cellOf(event); if (cell) explain(cell); else hush(); });
@@ -415,6 +416,7 @@
       const cell = cellOf(event);
       if (!cell) return hush();
       active = [Number(cell.dataset.r), Number(cell.dataset.c)];
+      hushed = null;
       rove();
       explain(cell);
     });

@@ -50,6 +50,17 @@ def test_every_page_runs_without_a_complaint(browser: Any, sample: Catalogue, tm
             )  # the style is there
 
 
+def test_long_words_do_not_widen_a_page(browser: Any, make_shown: Make, make_mixed: Make, tmp_path: Path) -> None:
+    long = "W" * 300
+    evil = make_shown("a/long", scores={long: 0.5}, description=long, suite=long, metric=long, base=long, tags=(long,))
+    url = written(catalogue([evil, make_mixed("a/mix", ("a/long@1",), gate=long)], title=long), tmp_path)
+    for path in sorted(p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site").rglob("*.html")):
+        for width in (1280, 400):
+            browser.size(width, 900)
+            browser.open(f"{url}/{path}")
+            assert browser.js("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than {width}"
+
+
 def test_the_list_is_searched_sorted_and_paged(browser: Any, many: Catalogue, tmp_path: Path) -> None:
     url = written(many, tmp_path)
     browser.open(f"{url}/index.html")
@@ -102,6 +113,8 @@ def test_the_heat_map_by_keyboard(browser: Any, many: Catalogue, tmp_path: Path)
     assert f"{score:.3f}" in label and "interval" in label
     browser.key("Escape")
     assert browser.js("document.querySelector('#tip.on')") is None
+    browser.js("document.querySelector('#heat').dispatchEvent(new Event('scroll'))")
+    assert browser.js("document.querySelector('#tip.on')") is None, "scrolling brings back what was sent away"
 
 
 def _column(at: int) -> int:
