@@ -536,12 +536,15 @@ class Registry:
         """The latest versions whose name, description or skills hold all words of `text` (their beginnings suffice).
 
         With a `taxonomy` also those with a skill that `text` means in it; with an `embedder` (`minilm`, `st:NAME`) also
-        the hundred whose descriptions are closest to it, where vectors that the index lacks are made first (see
-        `searching.py`). `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a
-        skill with at least that score: one that `text` names or means, or any skill where it names none.
+        the hundred whose descriptions are closest to it among those that meet the conditions; vectors that the index
+        lacks are made first (see `searching.py`). `base` is a base model's reference or the beginning of its
+        fingerprint. `min_score` asks for a skill with at least that score: one that `text` names or means, or any skill
+        where it names none. Raises BadInput for an embedder without a text.
         """
         query = Query(text, base=base, kind=kind, min_score=min_score, limit=limit, taxonomy=taxonomy)
-        if embedder is None or not text.strip():
+        if embedder is not None and not text.strip():
+            raise BadInput("nothing is asked that an embedder could compare", hint="give words, or leave it out")
+        if embedder is None:
             with self._open() as index:
                 return find(index, query, None)
         opened = open_fixed_embedder(embedder, device=device)
