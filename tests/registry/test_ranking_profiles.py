@@ -242,6 +242,15 @@ def test_the_table(rank: Run) -> None:
     assert second.startswith("note: drawing one task anew says nothing")
 
 
+def test_no_name_of_a_stranger_feigns_a_line(xpert: Run, registry: Registry, publish: Publish) -> None:
+    for number, suite in enumerate("st"):
+        publish("ab"[number], {"sums\n1  acme/feigned@1": 0.5, "law\nfeigned": 0.2}, suite=f"{suite}\nF", base="x\ny")
+    shown = xpert("registry", "rank", "--registry", registry.folder).stdout
+    assert "feigned" in shown and not [
+        line for line in shown.splitlines() if line.startswith(("1  acme", "feigned", "F", "y"))
+    ]
+
+
 def test_json_has_everything(rank: Run) -> None:
     result = rank("acme/a", "acme/b", "acme/plain", "--method", "all", "--json", "--pareto", "score,size", "--seed", 3)
     assert result.exit_code == 0, result.stderr
