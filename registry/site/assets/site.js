@@ -305,7 +305,7 @@
         node("thead", {}, node("tr", {"aria-rowindex": 1}, corner, ...heads, mean)), node("tbody"));
       scroll.replaceChildren(table);
       $("count").textContent = shownRows.length && shownColumns.length
-        ? `${counted(shownRows.length)} expert${shownRows.length === 1 ? "" : "s"} × ${counted(shownColumns.length)} skill${shownColumns.length === 1 ? "" : "s"}`
+        ? `${counted(shownRows.length)} expert${shownRows.length === 1 ? "" : "s"} × ${counted(shownColumns.length)} ${$("group").value.slice(0, -1)}${shownColumns.length === 1 ? "" : "s"}`
         : "Nothing matches.";
       scroll.scrollTop = 0;
       first = last = -1;

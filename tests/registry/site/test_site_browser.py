@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_two_experts_are_compared_by_their_address(browser: Any, sample: Catalog
     assert "different base models" in browser.js("document.querySelector('#comparison').textContent")
     browser.open(f"{url}/compare.html#a=acme/dates@9")
     assert "There is no expert acme/dates@9" in browser.js("document.querySelector('#comparison').textContent")
+
+
+def test_the_heat_map_counts_what_it_shows(browser: Any, make_shown: Make, tmp_path: Path) -> None:
+    one = make_shown("a/one", scores={"dates": 0.5})
+    assert one.card is not None and one.profile is not None
+    profile = dataclasses.replace(one.profile, keywords={**one.profile.skills, "sums": one.profile.skills["dates"]})
+    one = dataclasses.replace(one, card=dataclasses.replace(one.card, profile=profile))
+    url = written(catalogue([one]), tmp_path)
+    browser.open(f"{url}/heat.html")
+    assert browser.js("document.querySelector('#count').textContent") == "1 expert × 1 skill"
+    browser.js(
+        "(g => { g.value = 'keywords'; g.dispatchEvent(new Event('change', {bubbles: true})); })"
+        "(document.querySelector('#group'))"
+    )
+    assert browser.js("document.querySelector('#count').textContent") == "1 expert × 2 keywords"
 
 
 def test_verdicts_in_the_page_are_those_of_the_library(browser: Any, make_shown: Make, tmp_path: Path) -> None:
