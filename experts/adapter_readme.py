@@ -19,7 +19,12 @@ _MOST_HEAD = 64 << 10
 _MOST_DESCRIPTION = 500
 _HEAD = re.compile(r"---\s*\n(?P<head>.*?)\n---\s*(?:\n|$)", re.DOTALL)
 _NOT_PROSE = re.compile(r"\s*(?:[#|>*\-!<\[`]|\d+\.|This repo(?:sitory)? contains|$)")
-_UNFILLED = re.compile(r"more information needed|provide a (?:quick|longer) summary", re.IGNORECASE)
+# The Hub's template of a model card, which peft puts beside every adapter, has sentences of its own.
+_UNFILLED = re.compile(
+    r"more information needed|provide a (?:quick|longer) summary|use the code below to get started with the model"
+    r"|should be made aware of the risks, biases and limitations|carbon emissions can be estimated using the",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -286,8 +286,8 @@ class Index:
             "INSERT OR REPLACE INTO vectors SELECT ?, id, ? FROM versions WHERE name = ? AND version = ?", rows
         )
 
-    def closest(self, embedder: str, vector: NDArray[np.float32], most: int) -> dict[str, float]:
-        """Ref -> cosine of the `most` latest versions closest to `vector` [d], the closest first. Time O(n d)."""
+    def closest(self, embedder: str, vector: NDArray[np.float32]) -> dict[str, float]:
+        """Ref -> cosine of the latest versions with `vector` [d], the closest first. Time O(n d)."""
         import numpy as np
 
         rows = self._db.execute(
@@ -299,7 +299,7 @@ class Index:
             return {}
         matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4").reshape(len(rows), -1)
         cosines = matrix @ vector
-        order = np.argsort(-cosines, kind="stable")[:most]
+        order = np.argsort(-cosines, kind="stable")
         return {rows[row][0]: float(cosines[row]) for row in order}
 
     def unsound(self) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,25 @@ class Intake:
         return tuple(file for _, file in self.files)
 
 
-def examine(source: Path, *, max_bytes: int, allow_secret_like: bool = False) -> Intake:
-    """Looks through an expert folder or a mixture file; raises BadInput or Corrupt naming the file that is unsound.
+def examine(
+    source: Path,
+    *,
+    max_bytes: int,
+    allow_secret_like: bool = False,
+    registered: Callable[[str], str | None] = lambda fingerprint: None,
+) -> Intake:
+    """Looks through an expert folder or a mixture (its file, or the folder that joint training wrote); raises BadInput
+    or Corrupt naming the file that is unsound.
 
+    `registered` says, by the sha256 of their weights, which versions the experts are that a mixture names by folders.
     A text in which something looks like a credential (see `credentials.py`) is unsound unless `allow_secret_like`.
     """
+    if source.is_dir() and (source / MIXTURE_FILE).is_file() and not (source / CARD_FILE).exists():
+        source = source / MIXTURE_FILE
     if source.is_dir():
         return _examine_expert(source, max_bytes, allow_secret_like)
     if source.is_file():
-        return _examine_mixture(source, allow_secret_like)
+        return _examine_mixture(source, allow_secret_like, registered)
     raise NotFound("no such expert folder or mixture file", where=str(source))
 
 
@@ -214,7 +224,7 @@ def _check_prototypes(folder: Path, card: ExpertCard, hashes: Mapping[str, str])
             )
 
 
-def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
+def _examine_mixture(path: Path, allow_secret_like: bool, registered: Callable[[str], str | None]) -> Intake:
     document = read_document(path)
     if not allow_secret_like:
         with open_plain(path) as stream:
@@ -226,26 +236,33 @@ def _examine_mixture(path: Path, allow_secret_like: bool) -> Intake:
     experts = document.get("experts")
     if not isinstance(experts, list) or not experts or not all(isinstance(entry, dict) for entry in experts):
         raise Corrupt("the mixture lists no experts", where=str(path))
-    uses, fingerprints = [], []
+    entries, uses, fingerprints = [], [], []
     for entry in experts:
-        text = entry.get("ref")
+        text, fingerprint = entry.get("ref"), str(entry.get("fingerprint") or "")
         try:
             ref = parse_ref(text if isinstance(text, str) else "")
         except XpertError:
-            raise BadInput(
-                f"refers to {text!r}, which is no registered expert", where=str(path), hint="publish that expert first"
-            ) from None
+            known = registered(fingerprint) if fingerprint else None
+            if known is None:
+                raise BadInput(
+                    f"refers to {text!r}, which is no registered expert",
+                    where=str(path),
+                    hint="publish that expert first",
+                ) from None
+            ref, entry = parse_ref(known), {**entry, "ref": known}
         if ref.version is None:
             raise BadInput(
                 f"refers to {text!r} without a version", where=str(path), hint="a published mixture names OWNER/NAME@3"
             )
+        entries.append(entry)
         uses.append(str(ref))
-        fingerprints.append(str(entry.get("fingerprint") or ""))
+        fingerprints.append(fingerprint)
     base = document.get("base")
     base = base if isinstance(base, dict) else {}
     router_file = _router_file(path, document)
     # Where the experts came from is a path of the publisher's machine; here they come from this registry.
     plain = {key: value for key, value in document.items() if key != "registry"}
+    plain["experts"] = entries
     if router_file is not None:
         plain["gate"] = {**plain["gate"], "file": f"./{router_file[1].path}"}
     content = (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -8,7 +8,7 @@ the request is found too; the orders are joined by reciprocal rank (Cormack, Cla
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,16 +59,21 @@ def find(index: Index, query: Query, vector: NDArray[np.float32] | None, identit
     asked = _skills_meant(index, query) if words else frozenset()
     by_words = index.search(query.text)
     by_skill = _with_skills(index, asked)
-    similarity = index.closest(identity, vector, _CLOSEST) if vector is not None else {}
-    hits = {}
-    for version in (*by_words, *by_skill, *index.of_refs(list(similarity))):
-        if version.ref not in hits and _fits(version, query):
-            skill, score = _best_skill(version, words, asked)
-            if query.min_score is None or (score is not None and score >= query.min_score):
-                hits[version.ref] = Hit(version, skill, score, similarity.get(version.ref))
+    similarity = index.closest(identity, vector) if vector is not None else {}
+
+    def hit(version: Version) -> Hit | None:
+        if not _fits(version, query):
+            return None
+        skill, score = _best_skill(version, words, asked)
+        if query.min_score is not None and (score is None or score < query.min_score):
+            return None
+        return Hit(version, skill, score, similarity.get(version.ref))
+
+    by_meaning = _closest(index, list(similarity), lambda version: hit(version) is not None)
+    hits = {v.ref: found for v in (*by_words, *by_skill, *by_meaning) if (found := hit(v)) is not None}
     orders = [[version.ref for version in by_words]]
     if words:
-        orders += [[version.ref for version in by_skill], list(similarity)]
+        orders += [[version.ref for version in order] for order in (by_skill, by_meaning)]
     return [hits[ref] for ref in _fused(orders, hits)[: query.limit]]
 
 
@@ -106,6 +111,15 @@ def _with_skills(index: Index, asked: frozenset[str]) -> list[Version]:
     found = index.of_skills(asked)
     best = {v.ref: max(v.scores.get(skill, 0.0) for skill in v.strengths if skill in asked) for v in found}
     return sorted(found, key=lambda version: (-best[version.ref], version.name))
+
+
+def _closest(index: Index, refs: Sequence[str], fits: Callable[[Version], bool]) -> list[Version]:
+    """Of the refs, the closest first, the first hundred that meet the conditions; without any, no others are read."""
+    found: list[Version] = []
+    for part in (refs[:_CLOSEST], refs[_CLOSEST:]):
+        if part and len(found) < _CLOSEST:
+            found += filter(fits, index.of_refs(part))
+    return found[:_CLOSEST]
 
 
 def _fits(version: Version, query: Query) -> bool:

@@ -122,17 +122,23 @@ class Registry:
         allow_secret_like: bool = False,
         progress: Progress = SILENT,
     ) -> Version:
-        """Files an expert folder or a mixture file under `owner/name` as its next version, and moves `tags` to it.
+        """Files an expert folder or a mixture under `owner/name` as its next version, and moves `tags` to it.
 
         Content that the name has already is not published again: its version is returned, with `repeated` set.
-        Without `latest`, that tag stays where it is. Raises BadInput or Corrupt for anything that may not enter (see
-        `intake.py`), and for a mixture whose experts are not all in this registry. Cost: each file is read twice and
-        written once.
+        Without `latest`, that tag stays where it is. What a mixture names by folders must be published before: its
+        experts are then the newest versions with those weights. Raises BadInput or Corrupt for anything that may not
+        enter (see `intake.py`), and for a mixture whose experts are not all in this registry. Cost: each file is read
+        twice and written once.
         """
         check_name(name)
         for tag in tags:
             check_tag(tag)
-        intake = examine(Path(source), max_bytes=int(max_gib * GIB), allow_secret_like=allow_secret_like)
+        intake = examine(
+            Path(source),
+            max_bytes=int(max_gib * GIB),
+            allow_secret_like=allow_secret_like,
+            registered=self._with_weights,
+        )
         if intake.left_out:
             progress.say(f"left out: {', '.join(intake.left_out)}")
         with disk_errors(self.folder):
@@ -330,6 +336,16 @@ class Registry:
                 )
             skills |= dict.fromkeys(expert.strengths)
         return tuple(skills)
+
+    def _with_weights(self, sha256: str) -> str | None:
+        """The newest version of an expert whose adapter weights are these, as OWNER/NAME@3. Reads every record."""
+        if not (self.folder / MARK).is_file():
+            return None
+        with self._open() as index:
+            for version in sorted(index.all(kind="expert"), key=lambda v: v.created, reverse=True):
+                if sha256 in self._fingerprints(version):
+                    return version.ref
+        return None
 
     def _fingerprints(self, expert: Version) -> set[str]:
         """What a mixture may name an expert's content by: the version's digest, or the sha256 of its weights."""
@@ -536,12 +552,15 @@ class Registry:
         """The latest versions whose name, description or skills hold all words of `text` (their beginnings suffice).
 
         With a `taxonomy` also those with a skill that `text` means in it; with an `embedder` (`minilm`, `st:NAME`) also
-        the hundred whose descriptions are closest to it, where vectors that the index lacks are made first (see
-        `searching.py`). `base` is a base model's reference or the beginning of its fingerprint. `min_score` asks for a
-        skill with at least that score: one that `text` names or means, or any skill where it names none.
+        the hundred whose descriptions are closest to it among those that meet the conditions; vectors that the index
+        lacks are made first (see `searching.py`). `base` is a base model's reference or the beginning of its
+        fingerprint. `min_score` asks for a skill with at least that score: one that `text` names or means, or any skill
+        where it names none. Raises BadInput for an embedder without a text.
         """
         query = Query(text, base=base, kind=kind, min_score=min_score, limit=limit, taxonomy=taxonomy)
-        if embedder is None or not text.strip():
+        if embedder is not None and not text.strip():
+            raise BadInput("nothing is asked that an embedder could compare", hint="give words, or leave it out")
+        if embedder is None:
             with self._open() as index:
                 return find(index, query, None)
         opened = open_fixed_embedder(embedder, device=device)

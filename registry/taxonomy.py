@@ -269,9 +269,21 @@ class Taxonomy:
 
         `scores` go by any name that `find` knows; other names stand nowhere in the tree and count for no parent.
         """
-        known = {skill.name: score for name, score in scores.items() if (skill := self.find(name)) is not None}
+        known: dict[str, Scored] = {}
+        also: dict[str, list[str]] = {}  # a skill may be scored under several of its names, each with items of its own
+        for name in sorted(scores, key=lambda name: name not in self.skills):
+            skill = self.find(name)
+            if skill is not None and skill.name in known:
+                also.setdefault(skill.name, []).append(name)
+            elif skill is not None:
+                known[skill.name] = scores[name]
         above = dict.fromkeys(parent for name in known for parent in self.ancestors(name) if parent not in known)
-        return {name: roll_up(name, known, self.children) for name in self.skills if name in above}
+        known |= {name: scores[name] for names in also.values() for name in names}
+
+        def below(name: str) -> list[str]:
+            return [held for child in self.children(name) for held in (child, *also.get(child, ()))]
+
+        return {name: roll_up(name, known, below) for name in self.skills if name in above}
 
 
 def skill_words(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from xpert.commands.registry._shared import size_shown, table
+from xpert.printable import printable
 from xpert.registry.ranking.contests import Contests
 from xpert.registry.ranking.leaderboard import UNITS, Leaderboard, Ranking, Standing
 from xpert.registry.ranking.pareto import Front
@@ -24,7 +25,8 @@ def leaderboard_shown(found: Leaderboard) -> str:
     what = "scores" if matrix.over == "expert" else "gains over the base"
     count = f"{len(matrix.systems)} expert{'s' if len(matrix.systems) != 1 else ''}"
     tasks = f"{len(matrix.tasks)} task{'s' if len(matrix.tasks) != 1 else ''}"
-    parts = [f"{count} of {base_shown(matrix.base.ref)} ({matrix.base.fingerprint[:12]}), by {what} on {tasks}"]
+    base = f"{printable(base_shown(matrix.base.ref))} ({printable(matrix.base.fingerprint[:12])})"
+    parts = [f"{count} of {base}, by {what} on {tasks}"]
     several = len(found.rankings) > 1
     parts.append(_side_by_side(found.rankings) if several else _order(found.rankings[0]))
     parts += [said for ranking in found.rankings if (said := _facts(ranking))]
@@ -37,7 +39,7 @@ def leaderboard_shown(found: Leaderboard) -> str:
         what = f"{UNITS[found.rankings[0].method]} - {costs}"
         title = f"the choice is {found.weighed.choice}: worth = {what} (costs as shares of the highest)"
         parts.append(f"{title}\n{table(('EXPERT', 'WORTH'), rows)}")
-    notes = [f"note: {warning}" for warning in found.warnings]
+    notes = [f"note: {printable(warning)}" for warning in found.warnings]
     notes += [f"left out: {ref}, {reason}" for ref, reason in matrix.left_out.items()]
     return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
 
@@ -46,7 +48,7 @@ def contests_shown(contests: Contests, ranking: Ranking) -> str:
     count = int(contests.count.sum())
     met = f"{count} contest{'s' if count != 1 else ''}"
     lines = [f"{len(contests.systems)} systems, {met}, by bradley-terry", _order(ranking)]
-    return "\n\n".join([*lines, *(f"note: {warning}" for warning in ranking.warnings)])
+    return "\n\n".join([*lines, *(f"note: {printable(warning)}" for warning in ranking.warnings)])
 
 
 def _order(ranking: Ranking) -> str:

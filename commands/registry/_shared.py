@@ -71,7 +71,7 @@ def size_shown(size: float) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell. A cell is one line: breaks in it are shown, so none can feign a row."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    head, *rows = [[printable(cell) for cell in row] for row in (head, *rows)]
     columns = list(zip(head, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))

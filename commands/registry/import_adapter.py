@@ -8,6 +8,7 @@ import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import registry_options
+from xpert.printable import printable
 from xpert.registry.store import MAX_GIB, Registry
 
 __all__ = ["command"]
@@ -66,11 +67,11 @@ def command(
     version, card = made.version, made.card
     lines = [
         f"{'already ' if version.repeated else ''}published {version.ref}: rank {card.adapter['rank']}, "
-        f"{card.adapter['modules']} modules of {Path(card.base.ref).name}"
+        f"{card.adapter['modules']} modules of {printable(Path(card.base.ref).name)}"
     ]
-    lines += [f"warning: {warning}" for warning in made.warnings]
+    lines += [f"warning: {printable(warning)}" for warning in made.warnings]
     if made.left_out:
-        lines.append(f"left out: {', '.join(made.left_out)}")
+        lines.append(f"left out: {printable(', '.join(made.left_out))}")
     value = {
         "ref": version.ref,
         "repeated": version.repeated,

@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path), metavar="EXPERT|MIXTURE.json")
+@click.argument("source", type=click.Path(path_type=Path), metavar="EXPERT|MIXTURE")
 @click.option("--name", required=True, metavar="OWNER/NAME", help="The name to publish under.")
 @click.option(
     "--max-size",
@@ -54,7 +54,10 @@ def command(
     key: Path | None,
     passphrase_file: Path | None,
 ) -> None:
-    """File an expert folder or a mixture as the next version of a name."""
+    """File an expert folder or a mixture as the next version of a name.
+
+    A mixture is what `xpert mix` or `xpert train --mixture` wrote; of the latter, publish the experts first.
+    """
     if no_latest and "latest" in tags:
         raise BadInput("--tag latest and --no-latest contradict each other", hint="leave one of them out")
     signing = SigningKey.load(key.expanduser(), passphrase_from(passphrase_file)) if key else None

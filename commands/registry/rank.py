@@ -57,10 +57,12 @@ def command(
     from xpert.registry.ranking.pareto import read_latencies
 
     by_hand = click.get_current_context().get_parameter_source("method") != click.core.ParameterSource.DEFAULT
+    if pair_file is not None and not by_hand:
+        settings["method"] = "bradley-terry"
     options = take(RankOptions, settings)
     weights = _weights(options.weigh)
     if pair_file is not None:
-        _check_pairs(names, options, by_hand, base=base, latency=latency)
+        _check_pairs(names, options, base=base, latency=latency)
         contests = read_contests(pair_file)
         ranking = rank_contests(contests, options, seed=session.seed)
         session.result({"pairs": str(pair_file), **ranking.to_dict()}, contests_shown(contests, ranking))
@@ -81,11 +83,13 @@ def _weights(given: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def _check_pairs(names: Sequence[str], options: RankOptions, by_hand: bool, **others: object) -> None:
+def _check_pairs(names: Sequence[str], options: RankOptions, **others: object) -> None:
     """Refuses what has no meaning beside --pairs."""
-    if by_hand and options.method != "bradley-terry":
+    if options.method != "bradley-terry":
         raise BadInput("pairs are ranked by bradley-terry alone", hint="leave --method out")
     given = {**others, "pareto": options.pareto, "weigh": options.weigh, "skills": options.skills}
+    given |= {"over": options.over != "expert", "choice-scores": options.choice_scores}
+    given |= {"draw-scores": options.draw_scores}
     useless = next((f"--{name}" for name, value in given.items() if value), "a NAME" if names else None)
     if useless:
         raise BadInput(f"{useless} has no meaning beside --pairs, which ranks what the file names")

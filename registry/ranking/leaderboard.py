@@ -58,6 +58,16 @@ class RankOptions(Config):
     pareto: tuple[str, ...] = option((), "who is beaten in none of these: score, rank, size, latency")
     weigh: tuple[str, ...] = option((), "score less weighed costs: size=0.1,latency=0.5")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, method in (("mean_over", "mean"), ("prior", "bradley-terry")):
+            given = getattr(self, name)
+            if given != type(self).__dataclass_fields__[name].default and self.method not in (method, "all"):
+                flag = name.replace("_", "-")
+                raise BadInput(f"{flag} {given} is of the method {method}, and means nothing to {self.method}")
+        if self.draw_scores and not self.bootstrap:
+            raise BadInput("draw-scores says what each draw does, and bootstrap is 0", hint="leave one of them out")
+
 
 @dataclass(frozen=True)
 class Standing:

@@ -6,6 +6,7 @@ either side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from xpert.registry.ranking.contests import Contests
 __all__ = ["PRIOR", "Strengths", "bradley_terry", "strengths_of"]
 
 PRIOR = 1.0
+LEAST_PRIOR = 1e-6
+"""What is less, but not nothing, no longer holds the undefeated within what float64 tells apart."""
+
 STEPS = 200
 CLOSE = 1e-9
 
@@ -42,8 +46,8 @@ def bradley_terry(contests: Contests, *, prior: float = PRIOR) -> Strengths:
     where not. Newton's method with halved steps; time O(n^3) a step, some ten steps.
     Source: Bradley and Terry 1952; Zermelo 1929.
     """
-    if prior < 0:
-        raise BadInput(f"the prior is {prior:g}", hint="it counts contests: 0 or more")
+    if prior != 0 and not LEAST_PRIOR <= prior < math.inf:
+        raise BadInput(f"the prior is {prior:g}", hint=f"it counts contests: 0, or {LEAST_PRIOR:g} and more")
     wins = contests.wins()
     n = len(wins)
     if n == 0:

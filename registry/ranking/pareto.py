@@ -24,7 +24,7 @@ __all__ = ["COSTS", "OBJECTIVES", "Front", "Weighed", "expert_costs", "pareto", 
 COSTS = ("rank", "size", "latency")
 """Lower is better: the adapter's rank, the bytes of its weights, seconds an item."""
 OBJECTIVES = ("score", *COSTS)
-MENDING = {"latency": "profile anew, or give --latency FILE", "rank": "its adapter configuration must name r"}
+MENDING = {"latency": "profile anew, or give --latency FILE", "rank": "the card must name it, under adapter.rank"}
 
 Values = Mapping[str, Mapping[str, float]]
 """system -> objective -> value; one that is not known is left out."""
@@ -121,7 +121,7 @@ def expert_costs(
         found = costs.setdefault(one.version.ref, {})
         weights = sum(file.size for file in one.files if file.path == WEIGHTS_FILE)
         found["size"] = float(weights or one.version.size)
-        rank = card.adapter.get("r")
+        rank = card.adapter.get("rank")
         if isinstance(rank, int | float):
             found["rank"] = float(rank)
         if latencies is not None:

@@ -143,6 +143,9 @@ def _adapter(adapter: Mapping[str, Any]) -> str:
     parts = [shown(kind, 30)]
     parts += [f"rank {number(rank)}"] if rank is not None else []
     parts += [f"alpha {number(alpha)}"] if alpha is not None else []
+    if isinstance(modules, list | tuple):
+        # Modules may be named in full, layer by layer: what kind they are is told by the last word.
+        modules = list(dict.fromkeys(shown(module, 200).rpartition(".")[2] for module in modules))
     parts += [f"on {number(modules)}"] if modules else []
     return ", ".join(parts) if len(parts) > 1 else ""
 

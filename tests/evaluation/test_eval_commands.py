@@ -182,6 +182,9 @@ def test_items_seen_in_training_are_told(
     other = write_jsonl("other.jsonl", rows[:1])
     told = json.loads(xpert("profile", folder, "--suite", other, "--max-tokens", 2, "--quiet", "--json").stdout)
     assert told["notes"] == ["this replaces the expert's earlier profile, on the suite seen"]
+    changed = write_jsonl("other.jsonl", rows[2:])  # other items under the same name
+    told = json.loads(xpert("profile", folder, "--suite", changed, "--max-tokens", 2, "--quiet", "--json").stdout)
+    assert told["notes"] == ["this replaces the expert's earlier profile, on the suite other"]
     (folder / "exemplars.jsonl").write_text("{}\n")
     broken = xpert("profile", folder, "--suite", other, "--max-tokens", 2, "--quiet")
     assert broken.exit_code == 2

@@ -42,7 +42,7 @@ def make_expert(
         profile = SkillProfile("suite", "f" * 64, made)
     ExpertCard(
         base=BaseModel(base, f"{base}-fingerprint"),
-        adapter={"r": 4},
+        adapter={"rank": 4},
         description=description,
         skills=skills,
         profile=profile,

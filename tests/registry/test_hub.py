@@ -177,7 +177,7 @@ def test_a_mixture_gets_a_card(hub: HubServer, store: BlobStore, api: HfApi, tmp
 
 def test_the_model_card_of_an_expert_is_found(hub: HubServer, store: BlobStore, api: HfApi) -> None:
     """The tag by which `hf://` finds experts stands in the card that training writes."""
-    card = ExpertCard(base=BaseModel("org/base", "f" * 64), adapter={"r": 4}, description="a: b", skills=("dates",))
+    card = ExpertCard(base=BaseModel("org/base", "f" * 64), adapter={"rank": 4}, description="a: b", skills=("dates",))
     push(Hub("hf://"), store, _contents(1) | {"README.md": [model_card(card, on_hub=True).encode()]})
     (found,) = api.list_models(filter=["xpert", "base_model:org/base"])
     assert found.id == NAME and found.library_name == "peft"

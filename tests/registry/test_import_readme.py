@@ -39,6 +39,14 @@ def test_what_a_card_says(case: str, tmp_path: Path) -> None:
     assert read_readme(tmp_path / "README.md") == expected
 
 
+def test_the_template_that_peft_leaves_says_nothing(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    ModelCard.from_template(ModelCardData(license="mit")).save(tmp_path / "README.md")
+    assert "Use the code below" in (tmp_path / "README.md").read_text()
+    assert read_readme(tmp_path / "README.md") == AdapterReadme(licence="mit")
+
+
 def test_without_a_card_nothing_is_said() -> None:
     assert read_readme(None) == AdapterReadme()
 

@@ -244,7 +244,7 @@ def test_a_damaged_mirror_mends_itself(
     for _, path in list(a.blobs.all()):
         path.chmod(0o644)
         path.write_bytes(b"?" + path.read_bytes()[1:])
-    assert a.show("acme/a").document["adapter"] == {"r": 4}
+    assert a.show("acme/a").document["adapter"] == {"rank": 4}
     assert files_of(a.pull("acme/a", tmp_path / "out")) == files_of(folder)
     for path in a.folder.glob("index.sqlite*"):
         path.unlink()

@@ -81,3 +81,32 @@ def test_routers_that_may_not_enter(
     (tmp_path / "link.safetensors").symlink_to("router.safetensors")
     with pytest.raises(error, match=said):
         registry.publish(mixture(**change), "acme/two")
+
+
+def test_a_mixture_of_folders_is_published_once_its_experts_are(
+    registry: Registry, expert: Maker, mixture: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What joint training writes names its experts by folders beside it."""
+    folder = tmp_path / "joint"
+    value = json.loads(mixture().read_text()) | {"registry": None}
+    (folder / "experts").mkdir(parents=True)
+    (tmp_path / "router.safetensors").rename(folder / "router.safetensors")
+    for seed, entry in enumerate(value["experts"]):
+        made = expert(f"joint-{seed}", seed=10 + seed)
+        made.rename(folder / "experts" / entry["key"])
+        weights = hash_file(folder / "experts" / entry["key"] / "adapter_model.safetensors")
+        entry |= {"ref": f"./experts/{entry['key']}", "fingerprint": weights}
+    (folder / "mixture.json").write_text(json.dumps(value))
+    registry.publish(folder / "experts/a", "acme/joint-a")
+    with pytest.raises(BadInput, match=r"'./experts/b', which is no registered expert. Publish that expert first"):
+        registry.publish(folder, "acme/joint")
+    registry.publish(folder / "experts/b", "acme/joint-b")
+    version = registry.publish(folder, "acme/joint")
+    assert version.kind == "mixture" and version.uses == ("acme/joint-a@1", "acme/joint-b@1")
+    assert registry.publish(folder / "mixture.json", "acme/joint") == version
+    loaded = load_mixture("acme/joint", registry)
+    assert loaded.keys == ("a", "b") and loaded.gate is not None and loaded.gate.file is not None
+    assert [one.ref for one in loaded.experts] == ["acme/joint-a@1", "acme/joint-b@1"]
+    elsewhere = Registry(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="no registered expert"):
+        elsewhere.publish(folder, "acme/joint")

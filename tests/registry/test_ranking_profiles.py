@@ -61,7 +61,7 @@ def publish(registry: Registry, expert: Maker) -> Publish:
         }
         figures = {} if seconds is None else {"seconds_per_item": seconds}
         profile = SkillProfile(suite, suite * 64, skills, figures=figures) if scores else None
-        card = dataclasses.replace(ExpertCard.read(folder), profile=profile, adapter={"r": rank})
+        card = dataclasses.replace(ExpertCard.read(folder), profile=profile, adapter={"rank": rank})
         card.write(folder)
         return registry.show(registry.publish(folder, f"acme/{name}").ref)
 
@@ -260,6 +260,15 @@ def test_the_table(rank: Run) -> None:
     assert second.startswith("note: drawing one task anew says nothing")
 
 
+def test_no_name_of_a_stranger_feigns_a_line(xpert: Run, registry: Registry, publish: Publish) -> None:
+    for number, suite in enumerate("st"):
+        publish("ab"[number], {"sums\n1  acme/feigned@1": 0.5, "law\nfeigned": 0.2}, suite=f"{suite}\nF", base="x\ny")
+    shown = xpert("registry", "rank", "--registry", registry.folder).stdout
+    assert "feigned" in shown and not [
+        line for line in shown.splitlines() if line.startswith(("1  acme", "feigned", "F", "y"))
+    ]
+
+
 def test_json_has_everything(rank: Run) -> None:
     result = rank("acme/a", "acme/b", "acme/plain", "--method", "all", "--json", "--pareto", "score,size", "--seed", 3)
     assert result.exit_code == 0, result.stderr
@@ -333,6 +342,15 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "pairs without a row": (["--pairs", "{blank}"], 2, "holds no contest"),
     "pairs by borda": (["--pairs", "x.jsonl", "--method", "borda"], 2, "by bradley-terry alone"),
     "pairs of names": (["acme/a", "--pairs", "x.jsonl"], 2, "a NAME has no meaning beside --pairs"),
+    "mean over by borda": (["acme/a", "--mean-over", "own"], 2, "mean-over own is of the method mean"),
+    "prior by kemeny": (["acme/a", "--method", "kemeny", "--prior", "2"], 2, "prior 2.0 is of the method"),
+    "scores drawn never": (["acme/a", "--draw-scores", "--bootstrap", "0"], 2, "bootstrap is 0"),
+    "hardly a prior": (["acme/a", "--method", "bradley-terry", "--prior", "1e-300"], 2, "the prior is 1e-300"),
+    "boundless prior": (["acme/a", "--method", "bradley-terry", "--prior", "inf"], 2, "the prior is inf"),
+    "pairs and gains": (["--pairs", "x.jsonl", "--over", "gain"], 2, "--over has no meaning"),
+    "pairs and choices": (["--pairs", "x.jsonl", "--choice-scores"], 2, "--choice-scores has no meaning"),
+    "pairs and drawn scores": (["--pairs", "x.jsonl", "--draw-scores"], 2, "--draw-scores has no meaning"),
+    "pairs and the mean": (["--pairs", "x.jsonl", "--mean-over", "own"], 2, "mean-over own is of the method mean"),
     "pairs and costs": (["--pairs", "x.jsonl", "--pareto", "size"], 2, "--pareto has no meaning"),
 }
 

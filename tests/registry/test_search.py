@@ -88,6 +88,21 @@ def test_an_embedder_adds_the_closest_and_orders_by_both(filled: Registry, lette
     assert refs(filled, "sums", embedder="letters", min_score=0.8) == ["acme/fr@1", "acme/de@1"]
 
 
+def test_the_closest_are_sought_among_those_that_meet_the_conditions(
+    filled: Registry, letters: Counts, expert: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xpert.registry.searching._CLOSEST", 1)
+    filled.publish(expert("far", seed=9, skills=("zoology",), base="other"), "acme/far")
+    assert "acme/far@1" not in refs(filled, "chess games", embedder="letters")
+    assert refs(filled, "chess games", embedder="letters", base="other") == ["acme/far@1"]
+    assert refs(filled, "chess games", embedder="letters", min_score=0.85) == ["acme/fr@1"]
+
+
+def test_an_embedder_needs_words(filled: Registry, letters: Counts) -> None:
+    with pytest.raises(BadInput, match="nothing is asked"):
+        filled.search("", embedder="letters")
+
+
 def test_similarity_is_the_cosine_with_the_text_of_a_version(filled: Registry, letters: Counts) -> None:
     hits = {hit.version.ref: hit.similarity for hit in filled.search("chess games", embedder="letters")}
     texts = [text for text in letters.asked if text != "chess games"]

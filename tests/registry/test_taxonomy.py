@@ -130,6 +130,15 @@ def reaches(above: dict[str, list[str]], start: str, goal: str) -> bool:
 # ── scores of parents ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("names", [("translation_fr", "french-translation"), ("french-translation", "translation_fr")])
+def test_a_skill_scored_under_two_of_its_names_counts_with_both(names: tuple[str, str]) -> None:
+    one, other = names
+    found = BUILTIN.roll_up({one: score(1.0, 30), other: score(0.0, 10), "german-translation": score(0.5, 20)})
+    assert (found["translation"].n, found["translation"].expert) == (60, pytest.approx(40 / 60))
+    assert set(found["translation"].of) == {*names, "german-translation"}
+    assert "french-translation" not in found
+
+
 def test_a_parent_is_the_mean_of_its_children_weighted_by_items() -> None:
     found = BUILTIN.roll_up({"translation_fr": score(1.0, 30, base=0.5), "german-translation": score(0.2, 10)})
     parent = found["translation"]

@@ -40,7 +40,7 @@ def make_expert(
             for index, prompt in enumerate(prompts)
         ]
         (folder / "exemplars.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ExpertCard(base=base, adapter={"method": "lora", "r": 4}, name=skill, skills=(skill,)).write(folder)
+        ExpertCard(base=base, adapter={"method": "lora", "rank": 4}, name=skill, skills=(skill,)).write(folder)
         return folder
 
     return make

@@ -306,7 +306,7 @@
         node("thead", {}, node("tr", {"aria-rowindex": 1}, corner, ...heads, mean)), node("tbody"));
       scroll.replaceChildren(table);
       $("count").textContent = shownRows.length && shownColumns.length
-        ? `${counted(shownRows.length)} expert${shownRows.length === 1 ? "" : "s"} × ${counted(shownColumns.length)} skill${shownColumns.length === 1 ? "" : "s"}`
+        ? `${counted(shownRows.length)} expert${shownRows.length === 1 ? "" : "s"} × ${counted(shownColumns.length)} ${$("group").value.slice(0, -1)}${shownColumns.length === 1 ? "" : "s"}`
         : "Nothing matches.";
       scroll.scrollTop = 0;
       first = last = -1;
@@ -382,10 +382,11 @@
       tip.classList.add("on");
     }
     const hush = () => tip.classList.remove("on");
+    let hushed = null; // the cell whose explanation was sent away: no scrolling brings it back
 
     function move(event) {
       const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-15, 0], PageDown: [15, 0], Home: [0, -1e9], End: [0, 1e9]};
-      if (event.key === "Escape") return hush();
+      if (event.key === "Escape") { hushed = document.activeElement; return hush(); }
       const by = steps[event.key];
       if (!by || event.target.closest("thead, tbody th") || !shownRows.length) return;
       event.preventDefault();
@@ -407,7 +408,7 @@
     scroll.addEventListener("scroll", () => { // a move by key scrolls too: what it came to stays explained
       fill();
       const cell = document.activeElement?.closest?.("td[data-r]");
-      if (cell) explain(cell); else hush();
+      if (cell && cell !== hushed) explain(cell); else hush();
     }, {passive: true});
     scroll.addEventListener("keydown", move);
     scroll.addEventListener("pointerover", event => { const cell = cellOf(event); if (cell) explain(cell); else hush(); });
@@ -416,6 +417,7 @@
       const cell = cellOf(event);
       if (!cell) return hush();
       active = [Number(cell.dataset.r), Number(cell.dataset.c)];
+      hushed = null;
       rove();
       explain(cell);
     });

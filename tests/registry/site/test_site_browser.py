@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_every_page_runs_without_a_complaint(browser: Any, sample: Catalogue, tm
             assert (
                 browser.js("getComputedStyle(document.querySelector('.top')).display") == "flex"
             )  # the style is there
+
+
+def test_long_words_do_not_widen_a_page(browser: Any, make_shown: Make, make_mixed: Make, tmp_path: Path) -> None:
+    long = "W" * 300
+    evil = make_shown("a/long", scores={long: 0.5}, description=long, suite=long, metric=long, base=long, tags=(long,))
+    url = written(catalogue([evil, make_mixed("a/mix", ("a/long@1",), gate=long)], title=long), tmp_path)
+    for path in sorted(p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site").rglob("*.html")):
+        for width in (1280, 400):
+            browser.size(width, 900)
+            browser.open(f"{url}/{path}")
+            assert browser.js("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than {width}"
 
 
 def test_the_list_is_searched_sorted_and_paged(browser: Any, many: Catalogue, tmp_path: Path) -> None:
@@ -102,6 +114,8 @@ def test_the_heat_map_by_keyboard(browser: Any, many: Catalogue, tmp_path: Path)
     assert f"{score:.3f}" in label and "interval" in label
     browser.key("Escape")
     assert browser.js("document.querySelector('#tip.on')") is None
+    browser.js("document.querySelector('#heat').dispatchEvent(new Event('scroll'))")
+    assert browser.js("document.querySelector('#tip.on')") is None, "scrolling brings back what was sent away"
 
 
 def _column(at: int) -> int:
@@ -147,6 +161,21 @@ def test_two_experts_are_compared_by_their_address(browser: Any, sample: Catalog
     assert "different base models" in browser.js("document.querySelector('#comparison').textContent")
     browser.open(f"{url}/compare.html#a=acme/dates@9")
     assert "There is no expert acme/dates@9" in browser.js("document.querySelector('#comparison').textContent")
+
+
+def test_the_heat_map_counts_what_it_shows(browser: Any, make_shown: Make, tmp_path: Path) -> None:
+    one = make_shown("a/one", scores={"dates": 0.5})
+    assert one.card is not None and one.profile is not None
+    profile = dataclasses.replace(one.profile, keywords={**one.profile.skills, "sums": one.profile.skills["dates"]})
+    one = dataclasses.replace(one, card=dataclasses.replace(one.card, profile=profile))
+    url = written(catalogue([one]), tmp_path)
+    browser.open(f"{url}/heat.html")
+    assert browser.js("document.querySelector('#count').textContent") == "1 expert × 1 skill"
+    browser.js(
+        "(g => { g.value = 'keywords'; g.dispatchEvent(new Event('change', {bubbles: true})); })"
+        "(document.querySelector('#group'))"
+    )
+    assert browser.js("document.querySelector('#count').textContent") == "1 expert × 2 keywords"
 
 
 def test_verdicts_in_the_page_are_those_of_the_library(browser: Any, make_shown: Make, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ HOSTILE = [
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
+def test_modules_named_in_full_are_told_by_their_kind(make_shown: Make) -> None:
+    modules = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(30) for kind in "qv"]
+    adapter = {"rank": 4, "target_modules": modules}
+    page = Site(catalogue([make_shown("a/b", card={"adapter": adapter})])).render("names/a/b.html")
+    assert page is not None and "LoRA, rank 4, on q_proj, v_proj<" in page.decode() and b"layers" not in page
+
+
 class Page(HTMLParser):
     """What a page is made of: elements with attributes, ids, links, and its data; an unclosed element is an error."""
 
