@@ -1,8 +1,14 @@
-"""The SQLite index of a registry: what `list` and `search` read. The record files are the truth; it follows them."""
+"""The SQLite index of a registry: what `list` and `search` read. The record files are the truth; it follows them.
+
+index.sqlite    the index; whoever removes it loses nothing
+index.lock      held while someone writes the registry: it keeps writers apart also where the index is exchanged
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import sqlite3
 import time
@@ -68,8 +74,10 @@ _FIELDS = _COLUMNS.split(", ")
 class Index:
     """One connection to the index; close it after use. Many processes may hold one each."""
 
-    def __init__(self, connection: sqlite3.Connection, *, words: bool) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path | None, *, words: bool) -> None:
         self._db = connection
+        self._path = path
+        self._opened = None if path is None else _identity(path)
         self.has_words = words
 
     @classmethod
@@ -85,32 +93,39 @@ class Index:
             try:
                 _prepare(connection, path, full_text)
                 found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone()
-                yield cls(connection, words=found is not None)
+                yield cls(connection, path, words=found is not None)
             finally:
                 connection.close()
 
     @staticmethod
     def discard_damaged(path: Path) -> None:
         """Removes an index that SQLite cannot read; one that it can stays."""
-        try:
-            with Index.open(path) as index:
-                sound = not index.unsound()
-        except Corrupt:
-            sound = False
-        if not sound:
-            for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
-                file.unlink(missing_ok=True)
+        with _alone(path):
+            try:
+                with Index.open(path) as index:
+                    sound = not index.unsound()
+            except Corrupt:
+                sound = False
+            if not sound:
+                for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+                    file.unlink(missing_ok=True)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """One transaction that no other writer shares; undone where the block fails."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """One transaction that no other writer shares; undone where the block fails.
+
+        Raises Unavailable where others write for two minutes, or the index was removed or exchanged since it was opened.
+        """
+        with _alone(self._path):
+            if self._path is not None and _identity(self._path) != self._opened:
+                raise Unavailable("the index was removed meanwhile", where=str(self._path), hint="run it again")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     # ── what it knows of the records ─────────────────────────────────────────────────────────────────────────────
 
@@ -362,6 +377,44 @@ def _has_fts5(connection: sqlite3.Connection) -> bool:
     return connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
 
 
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """No other process or thread writes the registry of this index meanwhile.
+
+    SQLite's own lock belongs to a file: where that is removed or exchanged, two writers would each hold one.
+    """
+    if path is None:
+        yield
+        return
+    descriptor = os.open(path.with_name("index.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        end = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _locked(path) from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells one file from another that has taken its name."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _locked(path: Path | None) -> Unavailable:
+    return Unavailable("another process keeps the index locked", where=str(path), hint="try again later")
+
+
 def _patiently(connection: sqlite3.Connection, statement: str) -> None:
     """Runs a statement for which SQLite does not itself wait: several processes may be making the index at once."""
     end = time.monotonic() + _WAIT_SECONDS
@@ -383,7 +436,7 @@ def _database_errors(path: Path | None) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise Unavailable("another process keeps the index locked", where=where, hint="try again later") from None
+            raise _locked(path) from None
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
             raise Unavailable(
                 f"the disk failed: {error}", where=where, hint="free some space and run it again"

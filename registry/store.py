@@ -222,6 +222,9 @@ class Registry:
                     return False
                 if version.kind == "mixture":
                     self._check_uses(index, intake)
+                for file in record.files:
+                    if not self.blobs.holds(file):  # a `gc` ran since it was put there
+                        self.blobs.put(folder / file.path, file)
                 index.add(self._commit(record).version)
         return True
 
