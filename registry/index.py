@@ -114,7 +114,7 @@ class Index:
     def writing(self) -> Iterator[None]:
         """One transaction that no other writer shares; undone where the block fails.
 
-        Raises Unavailable where others write for two minutes, or the index was removed or exchanged since it was opened.
+        Raises Unavailable where others write for two minutes, or the index was removed or exchanged meanwhile.
         """
         with _alone(self._path):
             if self._path is not None and _identity(self._path) != self._opened:
@@ -318,14 +318,20 @@ class Index:
         return {rows[row][0]: float(cosines[row]) for row in order}
 
     def unsound(self) -> list[str]:
-        """What SQLite's own check finds wrong, in its words."""
+        """What SQLite's own check finds wrong, in its words, or that these are not the tables of an index."""
         found = [line for (line,) in self._db.execute("PRAGMA quick_check(20)")]
-        return [] if found == ["ok"] else found
+        if found != ["ok"]:
+            return found
+        with Index.open(None) as fresh:
+            return [] if _tables(self._db) == _tables(fresh._db) else ["its tables are not those of an index"]
 
     def _versions(self, rest: str, given: Sequence[object], *, table: str = "") -> list[Version]:
         columns = ", ".join(table + column for column in _FIELDS)
         rows = self._db.execute(f"SELECT {columns} FROM versions {rest}", given)
-        return [_version(row) for row in rows]
+        try:
+            return [_version(row) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise _damaged(self._path, error) from None
 
 
 def _version(row: Sequence[Any]) -> Version:
@@ -415,6 +421,17 @@ def _locked(path: Path | None) -> Unavailable:
     return Unavailable("another process keeps the index locked", where=str(path), hint="try again later")
 
 
+def _damaged(path: Path | None, error: Exception) -> Corrupt:
+    hint = "`xpert registry rebuild` makes it again"
+    return Corrupt(f"the index is damaged: {error}", where=str(path), hint=hint)
+
+
+def _tables(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Name and definition of all there is, except for what SQLite and its full-text search make by themselves."""
+    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {(name, sql) for name, sql in rows if not name.startswith(("sqlite_", "words"))}
+
+
 def _patiently(connection: sqlite3.Connection, statement: str) -> None:
     """Runs a statement for which SQLite does not itself wait: several processes may be making the index at once."""
     end = time.monotonic() + _WAIT_SECONDS
@@ -443,10 +460,6 @@ def _database_errors(path: Path | None) -> Iterator[None]:
             ) from None
         if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise BadInput(f"the index may not be written: {error}", where=where) from None
-        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-            raise Corrupt(
-                f"the index is damaged: {error}",
-                where=where,
-                hint="`xpert registry rebuild` makes it again",
-            ) from None
+        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such table"):
+            raise _damaged(path, error) from None
         raise

@@ -51,6 +51,8 @@ __all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Rebuilt", "Registry
 
 MARK = "registry.json"
 INDEX = "index.sqlite"
+_OWN = ("blobs", f"blobs/{DOCUMENTS}", "records", "drafts", "index.lock", INDEX, f"{INDEX}-wal", f"{INDEX}-shm")
+"""What is written and cleaned here; through a link somebody else would choose where."""
 MAX_GIB = 4.0
 _SETTLED_SECONDS = 2.0
 """A folder changed this lately may change again without its time of change telling: it is looked at once more."""
@@ -410,6 +412,7 @@ class Registry:
         """
         if not self.records.copies.folder.is_dir() and not (self.folder / MARK).is_file():
             raise NotFound("there is no registry", where=str(self.folder), hint="`registry publish` makes one")
+        self._refuse_links()
         with disk_errors(self.folder):
             if not (self.folder / MARK).is_file():
                 write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA})
@@ -560,12 +563,22 @@ class Registry:
     # ── within ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make(self) -> None:
+        self._refuse_links()
         if (self.folder / MARK).is_file():
             return
         # Another process may be making it, or have made it since; only a folder of other things is refused.
         if self.folder.exists() and not self._only_drafts() and not (self.folder / MARK).is_file():
             raise BadInput("not a registry: it holds other things", where=str(self.folder))
         write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA})
+
+    def _refuse_links(self) -> None:
+        for name in _OWN:
+            if (self.folder / name).is_symlink():
+                raise BadInput(
+                    "a symbolic link",
+                    where=str(self.folder / name),
+                    hint="put what it leads to there; the registry's folder itself may be reached by a link",
+                )
 
     def _only_drafts(self) -> bool:
         return self.folder.is_dir() and all(path.name.startswith(f".{MARK}.draft-") for path in self.folder.iterdir())
@@ -587,6 +600,7 @@ class Registry:
                 yield index
             return
         schema = _schema(mark)
+        self._refuse_links()
         # A registry that may only be read, as on a shared disk, gets an index in memory.
         writable = os.access(self.folder, os.W_OK)
         with Index.open(self.folder / INDEX if writable else None) as index:
