@@ -146,8 +146,9 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             words = [worker.stdout.readline() for _ in range(chance.randrange(5))]
             time.sleep(chance.random() * 0.05)
             worker.send_signal(signal.SIGKILL)
-            told.append("".join(words) + worker.communicate(timeout=60)[0])
-            assert worker.returncode == -signal.SIGKILL, told
+            # Not `communicate`, which passes over what `readline` has read ahead.
+            told.append("".join(words) + worker.stdout.read())
+            assert worker.wait(timeout=60) == -signal.SIGKILL, told
         for text in told:
             for line in text.rpartition("\n")[0].splitlines():
                 deed, ref, *rest = line.split()
