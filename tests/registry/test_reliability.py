@@ -141,7 +141,7 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             worker.stdin.flush()
         told = []
         for worker in workers:
-            assert worker.stdout is not None
+            assert worker.stdout is not None and worker.stdin is not None
             # After some words, so that the busiest machine gets somewhere, and then at any moment.
             words = [worker.stdout.readline() for _ in range(chance.randrange(5))]
             time.sleep(chance.random() * 0.05)
@@ -149,6 +149,8 @@ def test_kills_leave_a_sound_registry(registry: Registry, expert: Maker, tmp_pat
             # Not `communicate`, which passes over what `readline` has read ahead.
             told.append("".join(words) + worker.stdout.read())
             assert worker.wait(timeout=60) == -signal.SIGKILL, told
+            worker.stdin.close()
+            worker.stdout.close()
         for text in told:
             for line in text.rpartition("\n")[0].splitlines():
                 deed, ref, *rest = line.split()
