@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Index", "search_words"]
+__all__ = ["Index", "NoRoom", "lock_of", "search_words"]
 
 _WAIT_SECONDS = 120.0
 
@@ -71,19 +71,25 @@ _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, 
 _FIELDS = _COLUMNS.split(", ")
 
 
+class NoRoom(Unavailable):
+    """The disk has no room for the index, or fails."""
+
+
 class Index:
     """One connection to the index; close it after use. Many processes may hold one each."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path | None, *, words: bool) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path | None, lock: Path | None, *, words: bool) -> None:
         self._db = connection
         self._path = path
+        self._lock = lock
         self._opened = None if path is None else _identity(path)
         self.has_words = words
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path | None, *, full_text: bool = True) -> Iterator[Self]:
-        """The index at `path`, made or migrated where needed; None keeps one in memory.
+    def open(cls, path: Path | None, *, lock: Path | None = None, full_text: bool = True) -> Iterator[Self]:
+        """The index at `path`, made or migrated where needed; None keeps one in memory, whose writers keep apart by
+        the `lock` of the index for which it stands in.
 
         `full_text=False` makes a new index without the FTS5 table, as a SQLite without that extension does.
         Raises Unavailable where it stays locked, BadInput where it may not be written, Corrupt where it is damaged.
@@ -93,14 +99,14 @@ class Index:
             try:
                 _prepare(connection, path, full_text)
                 found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone()
-                yield cls(connection, path, words=found is not None)
+                yield cls(connection, path, lock or (path and lock_of(path)), words=found is not None)
             finally:
                 connection.close()
 
     @staticmethod
     def discard_damaged(path: Path) -> None:
         """Removes an index that SQLite cannot read; one that it can stays."""
-        with _alone(path):
+        with _alone(lock_of(path)):
             try:
                 with Index.open(path) as index:
                     sound = not index.unsound()
@@ -116,14 +122,15 @@ class Index:
 
         Raises Unavailable where others write for two minutes, or the index was removed or exchanged meanwhile.
         """
-        with _alone(self._path):
+        with _alone(self._lock):
             if self._path is not None and _identity(self._path) != self._opened:
                 raise Unavailable("the index was removed meanwhile", where=str(self._path), hint="run it again")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite may have undone it: a full disk ends a transaction
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
@@ -383,16 +390,20 @@ def _has_fts5(connection: sqlite3.Connection) -> bool:
     return connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name("index.lock")
+
+
 @contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
+def _alone(lock: Path | None) -> Iterator[None]:
     """No other process or thread writes the registry of this index meanwhile.
 
     SQLite's own lock belongs to a file: where that is removed or exchanged, two writers would each hold one.
     """
-    if path is None:
+    if lock is None:
         yield
         return
-    descriptor = os.open(path.with_name("index.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         end = time.monotonic() + _WAIT_SECONDS
         while True:
@@ -401,7 +412,7 @@ def _alone(path: Path | None) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise _locked(path) from None
+                    raise _locked(lock) from None
                 time.sleep(0.005)
         yield
     finally:
@@ -455,9 +466,7 @@ def _database_errors(path: Path | None) -> Iterator[None]:
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise _locked(path) from None
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-            raise Unavailable(
-                f"the disk failed: {error}", where=where, hint="free some space and run it again"
-            ) from None
+            raise NoRoom(f"the disk failed: {error}", where=where, hint="free some space and run it again") from None
         if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise BadInput(f"the index may not be written: {error}", where=where) from None
         if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such table"):

@@ -21,7 +21,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -32,7 +32,7 @@ from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
 from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
-from xpert.registry.index import Index
+from xpert.registry.index import Index, NoRoom, lock_of
 from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
 from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
@@ -45,7 +45,7 @@ from xpert.registry.standing import refusals
 from xpert.registry.taxonomy import Taxonomy
 from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
-from xpert.storage import disk_errors, read_json, write_json
+from xpert.storage import disk_errors, disk_is_full, read_json, write_json
 
 __all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Rebuilt", "Registry", "Version", "default_registry"]
 
@@ -603,9 +603,19 @@ class Registry:
         self._refuse_links()
         # A registry that may only be read, as on a shared disk, gets an index in memory.
         writable = os.access(self.folder, os.W_OK)
-        with Index.open(self.folder / INDEX if writable else None) as index:
-            if schema < SCHEMA and writable:
-                self._upgrade(index, mark)
+        with ExitStack() as held:
+            try:
+                index = held.enter_context(self._followed(self.folder / INDEX if writable else None, schema))
+            except NoRoom:
+                # One on a full disk too: it can then be read, and `gc` can make room.
+                index = held.enter_context(self._followed(None, schema))
+            yield index
+
+    @contextmanager
+    def _followed(self, path: Path | None, schema: int) -> Iterator[Index]:
+        with Index.open(path, lock=lock_of(self.folder / INDEX) if os.access(self.folder, os.W_OK) else None) as index:
+            if schema < SCHEMA and path is not None:
+                self._upgrade(index, self.folder / MARK)
             changed = self._changed(index)
             if changed:
                 with index.writing():
@@ -672,7 +682,11 @@ class Registry:
 
     def _keep_copy(self, document: DocumentName) -> None:
         if os.access(self.folder, os.W_OK):
-            self.records.keep_copy(document)
+            try:
+                self.records.keep_copy(document)
+            except OSError as error:
+                if not disk_is_full(error):  # it gets its copy when there is room
+                    raise
 
     def _read(self, version: Version) -> Record:
         """The record, which is the truth; the index only says that there is one."""
@@ -681,7 +695,11 @@ class Registry:
         except NotFound:
             raise Corrupt("its record is missing", where=version.ref, hint="see `xpert registry verify`") from None
         if record.version.digest != version.digest:
-            raise Corrupt("its record is not the one that was indexed", where=version.ref)
+            raise Corrupt(
+                "its record is not the one that was indexed: somebody wrote another in its place",
+                where=version.ref,
+                hint="ask who keeps the registry; `xpert registry rebuild` takes what is there now",
+            )
         return record
 
     def _resolve(self, index: Index, ref: Ref) -> Version:

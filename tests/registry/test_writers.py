@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,3 +68,34 @@ def test_an_index_that_was_lost_since_it_was_opened(registry: Registry, expert: 
         with pytest.raises(Unavailable, match="removed meanwhile"), index.writing():
             pass
     assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
+
+
+def test_gc_makes_room_on_a_full_disk(
+    registry: Registry, expert: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that cannot be written, as SQLite tells it, and no copy of a document either."""
+    registry.publish(expert("a"), "acme/a")
+    registry.publish(expert("b", seed=1), "acme/b")
+    registry.remove("acme/b")
+    (registry.folder / "records/acme/a@1.json").touch()
+    prepare = index_module._prepare
+
+    def full(connection: sqlite3.Connection, path: Path | None, full_text: bool) -> None:
+        if path is not None:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorname = "SQLITE_FULL"
+            raise error
+        prepare(connection, path, full_text)
+
+    def no_room(*given: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(index_module, "_prepare", full)
+    monkeypatch.setattr(registry.records.copies, "put_bytes", no_room)
+    assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
+    assert (registry.pull("acme/a", tmp_path / "out") / "expert.json").is_file()
+    assert registry.gc().files == 5  # the four files and the record's copy
+    with pytest.raises(Unavailable, match="disk is full"):
+        registry.tag("acme/a", "stable")
+    monkeypatch.undo()
+    assert registry.verify() == []
