@@ -165,6 +165,7 @@ class Registry:
         for earlier in published:
             if earlier.digest == digest and self.records.record_path(name, earlier.version).is_file():
                 self.records.keep_copy(DocumentName(name, "record", earlier.version))
+                self._put_again(self.records.read(name, earlier.version), intake)
                 return dataclasses.replace(earlier, repeated=True)
         if published and published[-1].kind != intake.kind:
             raise BadInput(
@@ -196,6 +197,14 @@ class Registry:
         record = self._commit(Record(version, intake.stored))
         index.add(record.version)
         return record.version
+
+    def _put_again(self, record: Record, intake: Intake) -> None:
+        """Puts right what is missing or damaged of a version whose files were cut otherwise, as schema 1 did."""
+        sources = {file.path: (content, file) for content, file in intake.files}
+        for file in record.files:
+            content, examined = sources[file.path]
+            if file.blobs != examined.blobs or not self.blobs.holds(file):
+                self.blobs.put(content, file)
 
     def _commit(self, record: Record) -> Record:
         """Makes a version count. Inside the writing transaction."""
