@@ -1,8 +1,14 @@
-"""The SQLite index of a registry: what `list` and `search` read. The record files are the truth; it follows them."""
+"""The SQLite index of a registry: what `list` and `search` read. The record files are the truth; it follows them.
+
+index.sqlite    the index; whoever removes it loses nothing
+index.lock      held while someone writes the registry: it keeps writers apart also where the index is exchanged
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import sqlite3
 import time
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Index", "search_words"]
+__all__ = ["Index", "NoRoom", "lock_of", "search_words"]
 
 _WAIT_SECONDS = 120.0
 
@@ -65,17 +71,25 @@ _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, 
 _FIELDS = _COLUMNS.split(", ")
 
 
+class NoRoom(Unavailable):
+    """The disk has no room for the index, or fails."""
+
+
 class Index:
     """One connection to the index; close it after use. Many processes may hold one each."""
 
-    def __init__(self, connection: sqlite3.Connection, *, words: bool) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path | None, lock: Path | None, *, words: bool) -> None:
         self._db = connection
+        self._path = path
+        self._lock = lock
+        self._opened = None if path is None else _identity(path)
         self.has_words = words
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path | None, *, full_text: bool = True) -> Iterator[Self]:
-        """The index at `path`, made or migrated where needed; None keeps one in memory.
+    def open(cls, path: Path | None, *, lock: Path | None = None, full_text: bool = True) -> Iterator[Self]:
+        """The index at `path`, made or migrated where needed; None keeps one in memory, whose writers keep apart by
+        the `lock` of the index for which it stands in.
 
         `full_text=False` makes a new index without the FTS5 table, as a SQLite without that extension does.
         Raises Unavailable where it stays locked, BadInput where it may not be written, Corrupt where it is damaged.
@@ -85,32 +99,40 @@ class Index:
             try:
                 _prepare(connection, path, full_text)
                 found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone()
-                yield cls(connection, words=found is not None)
+                yield cls(connection, path, lock or (path and lock_of(path)), words=found is not None)
             finally:
                 connection.close()
 
     @staticmethod
     def discard_damaged(path: Path) -> None:
         """Removes an index that SQLite cannot read; one that it can stays."""
-        try:
-            with Index.open(path) as index:
-                sound = not index.unsound()
-        except Corrupt:
-            sound = False
-        if not sound:
-            for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
-                file.unlink(missing_ok=True)
+        with _alone(lock_of(path)):
+            try:
+                with Index.open(path) as index:
+                    sound = not index.unsound()
+            except Corrupt:
+                sound = False
+            if not sound:
+                for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+                    file.unlink(missing_ok=True)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """One transaction that no other writer shares; undone where the block fails."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """One transaction that no other writer shares; undone where the block fails.
+
+        Raises Unavailable where others write for two minutes, or the index was removed or exchanged meanwhile.
+        """
+        with _alone(self._lock):
+            if self._path is not None and _identity(self._path) != self._opened:
+                raise Unavailable("the index was removed meanwhile", where=str(self._path), hint="run it again")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # SQLite may have undone it: a full disk ends a transaction
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     # ── what it knows of the records ─────────────────────────────────────────────────────────────────────────────
 
@@ -303,14 +325,20 @@ class Index:
         return {rows[row][0]: float(cosines[row]) for row in order}
 
     def unsound(self) -> list[str]:
-        """What SQLite's own check finds wrong, in its words."""
+        """What SQLite's own check finds wrong, in its words, or that these are not the tables of an index."""
         found = [line for (line,) in self._db.execute("PRAGMA quick_check(20)")]
-        return [] if found == ["ok"] else found
+        if found != ["ok"]:
+            return found
+        with Index.open(None) as fresh:
+            return [] if _tables(self._db) == _tables(fresh._db) else ["its tables are not those of an index"]
 
     def _versions(self, rest: str, given: Sequence[object], *, table: str = "") -> list[Version]:
         columns = ", ".join(table + column for column in _FIELDS)
         rows = self._db.execute(f"SELECT {columns} FROM versions {rest}", given)
-        return [_version(row) for row in rows]
+        try:
+            return [_version(row) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise _damaged(self._path, error) from None
 
 
 def _version(row: Sequence[Any]) -> Version:
@@ -362,6 +390,59 @@ def _has_fts5(connection: sqlite3.Connection) -> bool:
     return connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name("index.lock")
+
+
+@contextmanager
+def _alone(lock: Path | None) -> Iterator[None]:
+    """No other process or thread writes the registry of this index meanwhile.
+
+    SQLite's own lock belongs to a file: where that is removed or exchanged, two writers would each hold one.
+    """
+    if lock is None:
+        yield
+        return
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        end = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _locked(lock) from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells one file from another that has taken its name."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _locked(path: Path | None) -> Unavailable:
+    return Unavailable("another process keeps the index locked", where=str(path), hint="try again later")
+
+
+def _damaged(path: Path | None, error: Exception) -> Corrupt:
+    hint = "`xpert registry rebuild` makes it again"
+    return Corrupt(f"the index is damaged: {error}", where=str(path), hint=hint)
+
+
+def _tables(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Name and definition of all there is, except for what SQLite and its full-text search make by themselves."""
+    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {(name, sql) for name, sql in rows if not name.startswith(("sqlite_", "words"))}
+
+
 def _patiently(connection: sqlite3.Connection, statement: str) -> None:
     """Runs a statement for which SQLite does not itself wait: several processes may be making the index at once."""
     end = time.monotonic() + _WAIT_SECONDS
@@ -383,17 +464,11 @@ def _database_errors(path: Path | None) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise Unavailable("another process keeps the index locked", where=where, hint="try again later") from None
+            raise _locked(path) from None
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-            raise Unavailable(
-                f"the disk failed: {error}", where=where, hint="free some space and run it again"
-            ) from None
+            raise NoRoom(f"the disk failed: {error}", where=where, hint="free some space and run it again") from None
         if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise BadInput(f"the index may not be written: {error}", where=where) from None
-        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-            raise Corrupt(
-                f"the index is damaged: {error}",
-                where=where,
-                hint="`xpert registry rebuild` makes it again",
-            ) from None
+        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such table"):
+            raise _damaged(path, error) from None
         raise

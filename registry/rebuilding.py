@@ -9,8 +9,8 @@ from typing import Any
 
 from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
-from xpert.registry.documents import MOST_BYTES, DocumentName, Tag, parse_document, read_checked
-from xpert.registry.record_folder import RecordFolder
+from xpert.registry.documents import DocumentName, Tag, parse_document, read_checked
+from xpert.registry.record_folder import RecordFolder, read_plain
 from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import KINDS, Record
 
@@ -99,9 +99,9 @@ def _read_copies(records: RecordFolder, problems: list[str]) -> Iterator[_Copy]:
     for sha256, path in records.copies.all():
         where = f"blobs/documents/{sha256[:2]}/{sha256[2:]}"
         try:
-            if not sha256 or path.is_symlink() or path.lstat().st_size > MOST_BYTES:
+            if not sha256:
                 raise NotFound("does not belong here")
-            data = path.read_bytes()
+            data = read_plain(path)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise NotFound("damaged: its content does not match its sha256")
             value = read_checked(data, where=where)

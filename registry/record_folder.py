@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable
-from xpert.registry.blobs import BlobStore, Drafts, sync_folder
+from xpert.registry.blobs import BlobStore, Drafts, open_plain, sync_folder
 from xpert.registry.documents import (
     MOST_BYTES,
     DocumentName,
@@ -23,7 +23,7 @@ from xpert.registry.documents import (
 from xpert.registry.signatures import SignatureList
 from xpert.registry.versions import Record
 
-__all__ = ["RecordFolder"]
+__all__ = ["RecordFolder", "read_plain"]
 
 
 class RecordFolder:
@@ -93,15 +93,8 @@ class RecordFolder:
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read_bytes(self, document: DocumentName) -> bytes:
-        """A document's content, its size bounded first; raises NotFound where there is none."""
-        path = self.path(document)
-        try:
-            size = path.lstat().st_size
-            if size > MOST_BYTES:
-                raise Corrupt(f"{size:,} bytes; no document has more than {MOST_BYTES:,}", where=str(path))
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound("no such document", where=str(path)) from None
+        """A document's content, its size bounded; raises NotFound where there is none, Corrupt for no plain file."""
+        return read_plain(self.path(document))
 
     def read(self, name: str, version: int) -> Record:
         """Raises NotFound where there is no such record, Corrupt where it is damaged."""
@@ -181,6 +174,20 @@ class RecordFolder:
             else:
                 _link(draft, target)
         sync_folder(target.parent)
+
+
+def read_plain(path: Path) -> bytes:
+    """A document's file, or a copy's; see `RecordFolder.read_bytes`. Follows no link and waits for no pipe."""
+    try:
+        with open_plain(path) as stream:
+            data = stream.read(MOST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound("no such document", where=str(path)) from None
+    except BadInput as error:
+        raise Corrupt(error.what, where=str(path), hint=error.hint) from None
+    if len(data) > MOST_BYTES:
+        raise Corrupt(f"more than {MOST_BYTES:,} bytes, which no document has", where=str(path))
+    return data
 
 
 def _link(draft: Path, target: Path) -> None:

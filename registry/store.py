@@ -21,7 +21,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -32,7 +32,7 @@ from xpert.registry.blobs import DOCUMENTS, BlobStore, Drafts
 from xpert.registry.card import CARD_FILE
 from xpert.registry.checkout import check_out, check_out_to_cache
 from xpert.registry.documents import SCHEMA, DocumentName, Tag, document_bytes
-from xpert.registry.index import Index
+from xpert.registry.index import Index, NoRoom, lock_of
 from xpert.registry.intake import GIB, MIXTURE_FILE, MOST_DOCUMENT, WEIGHTS_FILE, Intake, examine, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_registry, parse_ref, registry_folder
 from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
@@ -45,12 +45,14 @@ from xpert.registry.standing import refusals
 from xpert.registry.taxonomy import Taxonomy
 from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
-from xpert.storage import disk_errors, read_json, write_json
+from xpert.storage import disk_errors, disk_is_full, read_json, write_json
 
 __all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Rebuilt", "Registry", "Version", "default_registry"]
 
 MARK = "registry.json"
 INDEX = "index.sqlite"
+_OWN = ("blobs", f"blobs/{DOCUMENTS}", "records", "drafts", "index.lock", INDEX, f"{INDEX}-wal", f"{INDEX}-shm")
+"""What is written and cleaned here; through a link somebody else would choose where."""
 MAX_GIB = 4.0
 _SETTLED_SECONDS = 2.0
 """A folder changed this lately may change again without its time of change telling: it is looked at once more."""
@@ -169,6 +171,7 @@ class Registry:
         for earlier in published:
             if earlier.digest == digest and self.records.record_path(name, earlier.version).is_file():
                 self.records.keep_copy(DocumentName(name, "record", earlier.version))
+                self._put_again(self.records.read(name, earlier.version), intake)
                 return dataclasses.replace(earlier, repeated=True)
         if published and published[-1].kind != intake.kind:
             raise BadInput(
@@ -201,6 +204,14 @@ class Registry:
         index.add(record.version)
         return record.version
 
+    def _put_again(self, record: Record, intake: Intake) -> None:
+        """Puts right what is missing or damaged of a version whose files were cut otherwise, as schema 1 did."""
+        sources = {file.path: (content, file) for content, file in intake.files}
+        for file in record.files:
+            content, examined = sources[file.path]
+            if file.blobs != examined.blobs or not self.blobs.holds(file):
+                self.blobs.put(content, file)
+
     def _commit(self, record: Record) -> Record:
         """Makes a version count. Inside the writing transaction."""
         self.records.add(record)
@@ -232,6 +243,9 @@ class Registry:
                     return False
                 if version.kind == "mixture":
                     self._check_uses(index, intake)
+                for file in record.files:
+                    if not self.blobs.holds(file):  # a `gc` ran since it was put there
+                        self.blobs.put(folder / file.path, file)
                 index.add(self._commit(record).version)
         return True
 
@@ -427,6 +441,7 @@ class Registry:
         """
         if not self.records.copies.folder.is_dir() and not (self.folder / MARK).is_file():
             raise NotFound("there is no registry", where=str(self.folder), hint="`registry publish` makes one")
+        self._refuse_links()
         with disk_errors(self.folder):
             if not (self.folder / MARK).is_file():
                 write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA})
@@ -580,12 +595,22 @@ class Registry:
     # ── within ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make(self) -> None:
+        self._refuse_links()
         if (self.folder / MARK).is_file():
             return
         # Another process may be making it, or have made it since; only a folder of other things is refused.
         if self.folder.exists() and not self._only_drafts() and not (self.folder / MARK).is_file():
             raise BadInput("not a registry: it holds other things", where=str(self.folder))
         write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA})
+
+    def _refuse_links(self) -> None:
+        for name in _OWN:
+            if (self.folder / name).is_symlink():
+                raise BadInput(
+                    "a symbolic link",
+                    where=str(self.folder / name),
+                    hint="put what it leads to there; the registry's folder itself may be reached by a link",
+                )
 
     def _only_drafts(self) -> bool:
         return self.folder.is_dir() and all(path.name.startswith(f".{MARK}.draft-") for path in self.folder.iterdir())
@@ -607,11 +632,22 @@ class Registry:
                 yield index
             return
         schema = _schema(mark)
+        self._refuse_links()
         # A registry that may only be read, as on a shared disk, gets an index in memory.
         writable = os.access(self.folder, os.W_OK)
-        with Index.open(self.folder / INDEX if writable else None) as index:
-            if schema < SCHEMA and writable:
-                self._upgrade(index, mark)
+        with ExitStack() as held:
+            try:
+                index = held.enter_context(self._followed(self.folder / INDEX if writable else None, schema))
+            except NoRoom:
+                # One on a full disk too: it can then be read, and `gc` can make room.
+                index = held.enter_context(self._followed(None, schema))
+            yield index
+
+    @contextmanager
+    def _followed(self, path: Path | None, schema: int) -> Iterator[Index]:
+        with Index.open(path, lock=lock_of(self.folder / INDEX) if os.access(self.folder, os.W_OK) else None) as index:
+            if schema < SCHEMA and path is not None:
+                self._upgrade(index, self.folder / MARK)
             changed = self._changed(index)
             if changed:
                 with index.writing():
@@ -678,7 +714,11 @@ class Registry:
 
     def _keep_copy(self, document: DocumentName) -> None:
         if os.access(self.folder, os.W_OK):
-            self.records.keep_copy(document)
+            try:
+                self.records.keep_copy(document)
+            except OSError as error:
+                if not disk_is_full(error):  # it gets its copy when there is room
+                    raise
 
     def _read(self, version: Version) -> Record:
         """The record, which is the truth; the index only says that there is one."""
@@ -687,7 +727,11 @@ class Registry:
         except NotFound:
             raise Corrupt("its record is missing", where=version.ref, hint="see `xpert registry verify`") from None
         if record.version.digest != version.digest:
-            raise Corrupt("its record is not the one that was indexed", where=version.ref)
+            raise Corrupt(
+                "its record is not the one that was indexed: somebody wrote another in its place",
+                where=version.ref,
+                hint="ask who keeps the registry; `xpert registry rebuild` takes what is there now",
+            )
         return record
 
     def _resolve(self, index: Index, ref: Ref) -> Version:

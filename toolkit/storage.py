@@ -106,6 +106,10 @@ def disk_errors(target: Path) -> Iterator[None]:
         where, code = str(_final(target)), getattr(error, "errno", None)
         if disk_is_full(error):
             raise Unavailable("the disk is full", where=where, hint="free some space and run it again") from None
+        if code == errno.EFBIG:
+            raise Unavailable(
+                "a file would be larger than is allowed here", where=where, hint="raise `ulimit -f`"
+            ) from None
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BadInput(
                 "may not be written", where=where, hint="choose another place, or change who may write there"

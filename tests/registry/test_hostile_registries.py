@@ -307,6 +307,43 @@ def test_giant_documents(case: str, registry: Registry, expert: Maker) -> None:
             registry.show("acme/a") if case == "a record" else registry.signatures_of(registry.record("acme/a"))
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a link"])
+def test_documents_that_are_no_files(kind: str, registry: Registry, expert: Maker, tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever, and what a link leads to has any size: /dev/zero has no end."""
+    registry.publish(expert(), "acme/a")
+    giant(tmp_path / "giant")
+    places = [registry.records.path(document) for document in list(DOCUMENTS.values())[1:]]
+    for place in (*places, registry.records.copies.path("0" * 64)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(place) if kind == "a pipe" else place.symlink_to(tmp_path / "giant")
+    assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
+    assert registry.verify() and registry.rebuild().problems
+    with pytest.raises(Corrupt, match=r"symbolic link|not a plain file"):
+        registry.pull("acme/a")  # its signatures
+
+
+LINKED = ["blobs", "blobs/documents", "records", "drafts", "index.sqlite", "index.lock"]
+
+
+@pytest.mark.parametrize("part", LINKED)
+def test_a_registry_does_not_lead_elsewhere(part: str, registry: Registry, expert: Maker, tmp_path: Path) -> None:
+    """`gc` would clean, and every opening write, where somebody else chose."""
+    registry.publish(expert("a"), "acme/a")
+    path, elsewhere = registry.folder / part, tmp_path / "elsewhere"
+    path.rename(elsewhere) if path.exists() else elsewhere.mkdir()
+    if elsewhere.is_dir():
+        old = elsewhere / "thesis.tex"
+        old.write_text("years of work")
+        os.utime(old, (0, 0))
+    path.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    acts = (registry.gc, registry.list, registry.rebuild, lambda: registry.publish(expert("b", seed=1), "acme/b"))
+    for act in acts:
+        with pytest.raises(BadInput, match="a symbolic link"):
+            act()
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_giant_copies_are_passed_over(registry: Registry, expert: Maker) -> None:
     registry.publish(expert(), "acme/a")
     giant(registry.records.copies.path("0" * 64))

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from xpert.errors import Corrupt, NotFound
 from xpert.registry.store import Registry
-from xpert.storage import hash_file
+from xpert.storage import hash_file, read_json, write_json
 
 Maker = Callable[..., Path]
 VERSION_1 = Path(__file__).parent / "fixtures" / "version-1"
@@ -161,3 +163,22 @@ def test_a_remover_that_died_after_its_mark(full: Registry) -> None:
     record.write_bytes(data)
     full.rebuild()
     assert "bell/b" not in {entry.latest.name for entry in full.list()} and full.verify() == []
+
+
+def test_publishing_again_mends_a_file_that_version_1_kept_whole(
+    registry: Registry, expert: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = expert()
+    weights = {"a.lora_A.weight": np.arange(1 << 15, dtype=np.float32).reshape(8, -1)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    card = read_json(folder / "expert.json")
+    card["files"]["adapter_model.safetensors"] = hash_file(folder / "adapter_model.safetensors")
+    write_json(folder / "expert.json", card)
+    with monkeypatch.context() as patch:
+        patch.setattr("xpert.registry.cutting._lengths", lambda path, size: [size])
+        registry.publish(folder, "acme/a")
+    blob = registry.blobs.path(hash_file(folder / "adapter_model.safetensors"))
+    blob.chmod(0o644)
+    blob.write_bytes(b"damaged")
+    assert registry.publish(folder, "acme/a").repeated
+    assert registry.verify() == []

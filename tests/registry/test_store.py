@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def test_a_damaged_index_says_how_to_mend_it(registry: Registry, expert: Maker) 
     assert caught.value.hint and "registry rebuild" in caught.value.hint
     registry.rebuild()
     assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
+
+
+@pytest.mark.parametrize(
+    "statement", ["DROP TABLE tags", "UPDATE versions SET skills = '{broken'", "UPDATE versions SET uses = x'ff'"]
+)
+def test_an_index_that_only_sqlite_finds_sound(registry: Registry, expert: Maker, statement: str) -> None:
+    registry.publish(expert(), "acme/a")
+    connection = sqlite3.connect(registry.folder / "index.sqlite")
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+    with pytest.raises(Corrupt, match=r"the index is damaged.*") as caught:
+        registry.list()
+    assert "rebuild" in str(caught.value)
+    registry.rebuild()
+    assert registry.verify() == [] and registry.resolve("acme/a").skills == ("arithmetic",)
 
 
 def test_a_registry_that_may_only_be_read(registry: Registry, expert: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
