@@ -134,7 +134,7 @@ def reaches(above: dict[str, list[str]], start: str, goal: str) -> bool:
 def test_a_skill_scored_under_two_of_its_names_counts_with_both(names: tuple[str, str]) -> None:
     one, other = names
     found = BUILTIN.roll_up({one: score(1.0, 30), other: score(0.0, 10), "german-translation": score(0.5, 20)})
-    assert (found["translation"].n, found["translation"].expert) == (60, pytest.approx(40 / 60))
+    assert found["translation"].n == 60 and found["translation"].expert == pytest.approx(40 / 60)
     assert set(found["translation"].of) == {*names, "german-translation"}
     assert "french-translation" not in found
 
