@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from xpert.registry import store
+from xpert.registry import reading
 from xpert.registry.card import BaseModel, ExpertCard
 from xpert.registry.store import Registry
 from xpert.registry.taxonomy import Taxonomy
@@ -133,7 +133,7 @@ def main() -> None:
         row(f"search `french chess law` among {options.entries:,}", *timed(lambda: large.search("french chess law"), 7))
         taxonomy = Taxonomy.builtin()
         row("the same with the taxonomy", *timed(lambda: large.search("french", taxonomy=taxonomy), 7))
-        store.open_fixed_embedder = lambda spec, device: Noise()  # type: ignore[assignment,return-value]
+        reading.open_fixed_embedder = lambda spec, device: Noise()  # type: ignore[assignment,return-value]
         row("keep 10,000 vectors", *timed(lambda: large.search("french", embedder="noise")))
         row("search `french` by words and by meaning", *timed(lambda: large.search("french", embedder="noise"), 7))
         row("rebuild all names and the index from the blobs", *timed(large.rebuild))

@@ -6,12 +6,9 @@ index.lock      held while someone writes the registry: it keeps writers apart a
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import sqlite3
-import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +17,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import orjson
 
-from xpert.errors import BadInput, Corrupt, Unavailable
+from xpert.errors import Corrupt, Unavailable
 from xpert.registry.documents import Tag
+from xpert.registry.index_file import (
+    WAIT_SECONDS,
+    NoRoom,
+    alone,
+    damaged,
+    database_errors,
+    identity,
+    lock_of,
+    prepare,
+    tables,
+)
 from xpert.registry.names import LATEST
 from xpert.registry.versions import Version
 
@@ -31,48 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Index", "NoRoom", "lock_of", "search_words"]
 
-_WAIT_SECONDS = 120.0
-
-# Script n brings an index from user_version n to n + 1; only ever append.
-MIGRATIONS: tuple[str, ...] = (
-    """
-    CREATE TABLE versions (
-        id INTEGER PRIMARY KEY, name TEXT NOT NULL, version INTEGER NOT NULL, kind TEXT NOT NULL, digest TEXT NOT NULL,
-        created TEXT NOT NULL, size INTEGER NOT NULL, base TEXT NOT NULL, base_fingerprint TEXT NOT NULL,
-        description TEXT NOT NULL, skills TEXT NOT NULL, scores TEXT NOT NULL, uses TEXT NOT NULL,
-        UNIQUE (name, version)
-    );
-    CREATE INDEX versions_by_digest ON versions (name, digest);
-    CREATE INDEX versions_by_kind ON versions (kind);
-    CREATE TABLE removed (name TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, version)) WITHOUT ROWID;
-    """,
-    # Tags; which version `latest` means, kept since every list and search asks for it; when an owner's documents had
-    # last changed. The rows go: they are made anew from the records, with other words.
-    """
-    DELETE FROM versions;
-    DELETE FROM removed;
-    ALTER TABLE versions ADD COLUMN latest INTEGER NOT NULL DEFAULT 0;
-    CREATE INDEX versions_latest ON versions (name) WHERE latest;
-    CREATE TABLE tags (
-        name TEXT NOT NULL, tag TEXT NOT NULL, version INTEGER, through INTEGER NOT NULL, revision INTEGER NOT NULL,
-        moved TEXT NOT NULL, PRIMARY KEY (name, tag)
-    ) WITHOUT ROWID;
-    CREATE TABLE skills (skill TEXT NOT NULL, id INTEGER NOT NULL, PRIMARY KEY (skill, id)) WITHOUT ROWID;
-    CREATE TABLE vectors (
-        embedder TEXT NOT NULL, id INTEGER NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (embedder, id)
-    );
-    CREATE TABLE owners (owner TEXT PRIMARY KEY, changed INTEGER NOT NULL) WITHOUT ROWID;
-    """,
-)
-_WORD_TABLE = (
-    "CREATE VIRTUAL TABLE words USING fts5(name, description, skills, tokenize='unicode61 remove_diacritics 2')"
-)
 _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, description, skills, scores, uses"
 _FIELDS = _COLUMNS.split(", ")
-
-
-class NoRoom(Unavailable):
-    """The disk has no room for the index, or fails."""
 
 
 class Index:
@@ -82,7 +50,7 @@ class Index:
         self._db = connection
         self._path = path
         self._lock = lock
-        self._opened = None if path is None else _identity(path)
+        self._opened = None if path is None else identity(path)
         self.has_words = words
 
     @classmethod
@@ -94,10 +62,10 @@ class Index:
         `full_text=False` makes a new index without the FTS5 table, as a SQLite without that extension does.
         Raises Unavailable where it stays locked, BadInput where it may not be written, Corrupt where it is damaged.
         """
-        with _database_errors(path):
-            connection = sqlite3.connect(path or ":memory:", timeout=_WAIT_SECONDS, isolation_level=None)
+        with database_errors(path):
+            connection = sqlite3.connect(path or ":memory:", timeout=WAIT_SECONDS, isolation_level=None)
             try:
-                _prepare(connection, path, full_text)
+                prepare(connection, path, full_text)
                 found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone()
                 yield cls(connection, path, lock or (path and lock_of(path)), words=found is not None)
             finally:
@@ -106,7 +74,7 @@ class Index:
     @staticmethod
     def discard_damaged(path: Path) -> None:
         """Removes an index that SQLite cannot read; one that it can stays."""
-        with _alone(lock_of(path)):
+        with alone(lock_of(path)):
             try:
                 with Index.open(path) as index:
                     sound = not index.unsound()
@@ -122,8 +90,8 @@ class Index:
 
         Raises Unavailable where others write for two minutes, or the index was removed or exchanged meanwhile.
         """
-        with _alone(self._lock):
-            if self._path is not None and _identity(self._path) != self._opened:
+        with alone(self._lock):
+            if self._path is not None and identity(self._path) != self._opened:
                 raise Unavailable("the index was removed meanwhile", where=str(self._path), hint="run it again")
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -330,7 +298,7 @@ class Index:
         if found != ["ok"]:
             return found
         with Index.open(None) as fresh:
-            return [] if _tables(self._db) == _tables(fresh._db) else ["its tables are not those of an index"]
+            return [] if tables(self._db) == tables(fresh._db) else ["its tables are not those of an index"]
 
     def _versions(self, rest: str, given: Sequence[object], *, table: str = "") -> list[Version]:
         columns = ", ".join(table + column for column in _FIELDS)
@@ -338,7 +306,7 @@ class Index:
         try:
             return [_version(row) for row in rows]
         except (ValueError, TypeError) as error:
-            raise _damaged(self._path, error) from None
+            raise damaged(self._path, error) from None
 
 
 def _version(row: Sequence[Any]) -> Version:
@@ -356,119 +324,3 @@ def search_words(text: str) -> list[str]:
 def _matches(version: Version, words: Iterable[str]) -> bool:
     held = search_words(" ".join((version.name, version.description, *version.strengths)))
     return all(any(other.startswith(word) for other in held) for word in words)
-
-
-def _prepare(connection: sqlite3.Connection, path: Path | None, full_text: bool) -> None:
-    """Sets the journal mode and applies the migrations that are missing."""
-    connection.execute("PRAGMA synchronous = NORMAL")  # the index can be made again; the records are fsynced
-    if path is not None:
-        _patiently(connection, "PRAGMA journal_mode = WAL")
-    if connection.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
-        return
-    _patiently(connection, "BEGIN IMMEDIATE")
-    try:
-        at = connection.execute("PRAGMA user_version").fetchone()[0]
-        if at > len(MIGRATIONS):
-            raise BadInput(
-                f"the index was written by a newer xpert (schema {at})", where=str(path), hint="upgrade xpert"
-            )
-        for script in MIGRATIONS[at:]:
-            for statement in script.split(";"):
-                connection.execute(statement)
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'words'").fetchone():
-            connection.execute("DELETE FROM words")
-        elif at == 0 and full_text and _has_fts5(connection):
-            connection.execute(_WORD_TABLE)
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
-
-
-def _has_fts5(connection: sqlite3.Connection) -> bool:
-    return connection.execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
-
-
-def lock_of(path: Path) -> Path:
-    return path.with_name("index.lock")
-
-
-@contextmanager
-def _alone(lock: Path | None) -> Iterator[None]:
-    """No other process or thread writes the registry of this index meanwhile.
-
-    SQLite's own lock belongs to a file: where that is removed or exchanged, two writers would each hold one.
-    """
-    if lock is None:
-        yield
-        return
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        end = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise _locked(lock) from None
-                time.sleep(0.005)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Tells one file from another that has taken its name."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _locked(path: Path | None) -> Unavailable:
-    return Unavailable("another process keeps the index locked", where=str(path), hint="try again later")
-
-
-def _damaged(path: Path | None, error: Exception) -> Corrupt:
-    hint = "`xpert registry rebuild` makes it again"
-    return Corrupt(f"the index is damaged: {error}", where=str(path), hint=hint)
-
-
-def _tables(connection: sqlite3.Connection) -> set[tuple[str, str]]:
-    """Name and definition of all there is, except for what SQLite and its full-text search make by themselves."""
-    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
-    return {(name, sql) for name, sql in rows if not name.startswith(("sqlite_", "words"))}
-
-
-def _patiently(connection: sqlite3.Connection, statement: str) -> None:
-    """Runs a statement for which SQLite does not itself wait: several processes may be making the index at once."""
-    end = time.monotonic() + _WAIT_SECONDS
-    while True:
-        try:
-            connection.execute(statement)
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > end:
-                raise
-            time.sleep(0.01)
-
-
-@contextmanager
-def _database_errors(path: Path | None) -> Iterator[None]:
-    where = str(path)
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise _locked(path) from None
-        if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-            raise NoRoom(f"the disk failed: {error}", where=where, hint="free some space and run it again") from None
-        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            raise BadInput(f"the index may not be written: {error}", where=where) from None
-        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such table"):
-            raise _damaged(path, error) from None
-        raise

@@ -144,7 +144,7 @@ def test_a_registry_of_version_1_is_brought_forward(old: Registry, expert: Maker
 
 
 def test_a_registry_of_version_1_that_may_only_be_read(old: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xpert.registry.store.os.access", lambda path, mode: False)
+    monkeypatch.setattr("xpert.registry.reading.os.access", lambda path, mode: False)
     before = sorted((path, hash_file(path)) for path in old.folder.rglob("*") if path.is_file())
     assert old.show("acme/dates").version.version == 2 and len(old.list()) == 4
     assert sorted((path, hash_file(path)) for path in old.folder.rglob("*") if path.is_file()) == before

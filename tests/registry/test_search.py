@@ -42,7 +42,7 @@ class Counts:
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> Counts:
     embedder = Counts()
-    monkeypatch.setattr("xpert.registry.store.open_fixed_embedder", lambda spec, device: embedder)
+    monkeypatch.setattr("xpert.registry.reading.open_fixed_embedder", lambda spec, device: embedder)
     return embedder
 
 

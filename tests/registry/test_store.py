@@ -103,7 +103,7 @@ def test_a_registry_that_may_only_be_read(registry: Registry, expert: Maker, mon
     registry.publish(expert(description="adds numbers"), "acme/a")
     for index in registry.folder.glob("index.sqlite*"):
         index.unlink()
-    monkeypatch.setattr("xpert.registry.store.os.access", lambda path, mode: False)
+    monkeypatch.setattr("xpert.registry.reading.os.access", lambda path, mode: False)
     assert [hit.version.ref for hit in registry.search("numbers")] == ["acme/a@1"]
     assert not (registry.folder / "index.sqlite").exists()
 

@@ -47,7 +47,7 @@ def test_nobody_publishes_while_gc_runs_though_the_index_is_lost(
     registry: Registry, expert: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.publish(expert("a"), "acme/a")
-    monkeypatch.setattr(index_module, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("xpert.registry.index_file.WAIT_SECONDS", 0.1)
     every, other = registry.blobs.all, Registry(registry.folder)
 
     def meanwhile() -> Iterator[tuple[str, Path]]:
@@ -79,7 +79,7 @@ def test_gc_makes_room_on_a_full_disk(
     registry.publish(expert("b", seed=1), "acme/b")
     registry.remove("acme/b")
     (registry.folder / "records/acme/a@1.json").touch()
-    prepare = index_module._prepare
+    prepare = index_module.prepare
 
     def full(connection: sqlite3.Connection, path: Path | None, full_text: bool) -> None:
         if path is not None:
@@ -91,7 +91,7 @@ def test_gc_makes_room_on_a_full_disk(
     def no_room(*given: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(index_module, "_prepare", full)
+    monkeypatch.setattr(index_module, "prepare", full)
     monkeypatch.setattr(registry.records.copies, "put_bytes", no_room)
     assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
     assert (registry.pull("acme/a", tmp_path / "out") / "expert.json").is_file()
