@@ -106,7 +106,7 @@ def profile_expert(
     }
     profile = dataclasses.replace(profile, how=how)
     write_profile(folder, profile, found, on_hub=lm.on_hub)
-    return Profiled(profile, found, (*_notes(card, items, seen, suite), *_view_notes(views, len(items))))
+    return Profiled(profile, found, (*_notes(card, items, seen, suite_fingerprint), *_view_notes(views, len(items))))
 
 
 def as_profile(
@@ -191,10 +191,10 @@ def _views(items: Sequence[SuiteItem], grouping: ProfileOptions, space: ItemSpac
     return Views(by_cluster(grouping.clusters, space), terms, probes)
 
 
-def _notes(card: ExpertCard, items: Sequence[SuiteItem], seen: Sequence[SuiteItem], suite: str) -> list[str]:
+def _notes(card: ExpertCard, items: Sequence[SuiteItem], seen: Sequence[SuiteItem], fingerprint: str) -> list[str]:
     notes = []
     if card.profile is not None:
-        same = "the same suite" if card.profile.suite == suite else "the suite"
+        same = "the same suite" if card.profile.suite_fingerprint == fingerprint else "another suite,"
         notes.append(f"this replaces the expert's earlier profile, on {same} {card.profile.suite}")
     if seen:
         notes.append(
