@@ -191,12 +191,10 @@ def _views(items: Sequence[SuiteItem], grouping: ProfileOptions, space: ItemSpac
     return Views(by_cluster(grouping.clusters, space), terms, probes)
 
 
-def _notes(
-    card: ExpertCard, items: Sequence[SuiteItem], seen: Sequence[SuiteItem], suite_fingerprint: str
-) -> list[str]:
+def _notes(card: ExpertCard, items: Sequence[SuiteItem], seen: Sequence[SuiteItem], fingerprint: str) -> list[str]:
     notes = []
     if card.profile is not None:
-        same = "the same suite" if card.profile.suite_fingerprint == suite_fingerprint else "the suite"
+        same = "the same suite" if card.profile.suite_fingerprint == fingerprint else "another suite,"
         notes.append(f"this replaces the expert's earlier profile, on {same} {card.profile.suite}")
     if seen:
         notes.append(

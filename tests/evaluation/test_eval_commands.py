@@ -181,10 +181,10 @@ def test_items_seen_in_training_are_told(
     assert profile.how["seen_in_training"] == 1
     other = write_jsonl("other.jsonl", rows[:1])
     told = json.loads(xpert("profile", folder, "--suite", other, "--max-tokens", 2, "--quiet", "--json").stdout)
-    assert told["notes"] == ["this replaces the expert's earlier profile, on the suite seen"]
-    changed = write_jsonl("other.jsonl", rows[2:])  # other items under the same name
-    told = json.loads(xpert("profile", folder, "--suite", changed, "--max-tokens", 2, "--quiet", "--json").stdout)
-    assert told["notes"] == ["this replaces the expert's earlier profile, on the suite other"]
+    assert told["notes"] == ["this replaces the expert's earlier profile, on another suite, seen"]
+    other = write_jsonl("other.jsonl", rows[1:])  # of the same name, and yet another one
+    told = json.loads(xpert("profile", folder, "--suite", other, "--max-tokens", 2, "--quiet", "--json").stdout)
+    assert "this replaces the expert's earlier profile, on another suite, other" in told["notes"]
     (folder / "exemplars.jsonl").write_text("{}\n")
     broken = xpert("profile", folder, "--suite", other, "--max-tokens", 2, "--quiet")
     assert broken.exit_code == 2
