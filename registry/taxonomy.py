@@ -225,7 +225,7 @@ class Taxonomy:
         Names and aliases that stand in the query count first, the longest ones, and each word once; a skill gives way
         to one below it that the query names or tells as well ("translate into French"). Where no name stands there, the
         skills whose telling words do: a word of k skills counts 1/k for each, and skills with at least half the best
-        count are kept. Empty where nothing fits. Time O(words²).
+        count are kept. Empty where nothing fits. Time O(words).
         """
         words = skill_words(query if isinstance(query, str) else " ".join(query))
         whole = self.find(" ".join(words))
@@ -242,7 +242,7 @@ class Taxonomy:
         """The skills of the longest runs of words that name one; no word serves twice."""
         found: dict[str, None] = {}
         free = [True] * len(words)
-        for size in range(len(words), 0, -1):
+        for size in range(min(len(words), max(map(len, self._named), default=0)), 0, -1):
             for start in range(len(words) - size + 1):
                 run = slice(start, start + size)
                 skill = self.find(" ".join(words[run])) if all(free[run]) else None
@@ -253,7 +253,8 @@ class Taxonomy:
 
     def _told_by(self, words: Sequence[str]) -> list[str]:
         counts: dict[str, float] = {}
-        for run in {tuple(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}:
+        sizes = range(1, max(map(len, self._telling), default=0) + 1)  # no run of more words tells anything
+        for run in {tuple(words[a : a + size]) for size in sizes for a in range(len(words) - size + 1)}:
             holders = self._telling.get(run, ())
             for name in holders:
                 counts[name] = counts.get(name, 0.0) + len(run) / len(holders)

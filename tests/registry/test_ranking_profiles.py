@@ -141,7 +141,7 @@ def test_the_latest_of_one_base_are_ranked(publish: Publish, registry: Registry)
 
 
 def test_a_base_may_go_by_several_names(expert: Maker, registry: Registry, xpert: Run) -> None:
-    for name, reference in (("a", "lab/tiny"), ("b", "/home/one/tiny.gguf"), ("c", "C:\\models\\tiny.gguf")):
+    for name, reference in (("a", "lab/tiny"), ("b", "/models/one/tiny.gguf"), ("c", "C:\\models\\tiny.gguf")):
         folder = expert(name, seed=ord(name), scores={"sums": 0.5})
         card = json.loads((folder / "expert.json").read_text())
         card["base"]["ref"] = reference
@@ -153,7 +153,7 @@ def test_a_base_may_go_by_several_names(expert: Maker, registry: Registry, xpert
 
     assert refs() == refs("tiny-fingerprint") == ["acme/a@1", "acme/b@1", "acme/c@1"]
     assert refs("tiny.gguf") == ["acme/b@1", "acme/c@1"] and refs("lab/tiny") == ["acme/a@1"]
-    assert [hit.version.ref for hit in registry.search("", base="/home/one/tiny.gguf")] == ["acme/b@1"]
+    assert [hit.version.ref for hit in registry.search("", base="/models/one/tiny.gguf")] == ["acme/b@1"]
     listed = xpert("registry", "list", "--registry", registry.folder).stdout
     assert "/home" not in listed and "models" not in listed and "lab/tiny" in listed
 

@@ -130,6 +130,16 @@ def reaches(above: dict[str, list[str]], start: str, goal: str) -> bool:
 # ── scores of parents ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_long_request_is_read_run_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    find = Taxonomy.find
+    monkeypatch.setattr(Taxonomy, "find", lambda self, name: asked.append(name) or find(self, name))  # type: ignore[func-returns-value]
+    words = [f"word{number}" for number in range(300)]
+    assert "french-translation" in BUILTIN.expand(" ".join([*words, "translate into French", *words]))
+    longest = max(len(skill_words(name)) for skill in BUILTIN for name in (skill.name, *skill.aliases))
+    assert len(asked) <= 603 * longest + 1, "time grows with the square of the words"
+
+
 @pytest.mark.parametrize("names", [("translation_fr", "french-translation"), ("french-translation", "translation_fr")])
 def test_a_skill_scored_under_two_of_its_names_counts_with_both(names: tuple[str, str]) -> None:
     one, other = names
