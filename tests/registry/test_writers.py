@@ -28,7 +28,8 @@ def test_gc_between_the_contents_of_a_copy_and_its_record(registry: Registry, ex
     registry.publish(expert("a"), "acme/a")
     target = Registry(tmp_path / "target")
     target.publish(expert("b", seed=1), "acme/b")
-    opened, swept = target._open, []
+    opened = target._open
+    swept: list[int] = []
 
     @contextmanager
     def after_gc() -> Iterator[Index]:
