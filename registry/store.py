@@ -44,7 +44,7 @@ from xpert.registry.soundness import Problem, problems
 from xpert.registry.standing import refusals
 from xpert.registry.taxonomy import Taxonomy
 from xpert.registry.trust import TrustList
-from xpert.registry.versions import Record, StoredFile, Version, content_digest
+from xpert.registry.versions import MOST_VERSION, Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, disk_is_full, read_json, write_json
 
 __all__ = ["Details", "Entry", "Garbage", "Hit", "Problem", "Rebuilt", "Registry", "Version", "default_registry"]
@@ -178,9 +178,12 @@ class Registry:
                 self.blobs.put(content, file)
         owner = name.partition("/")[0]
         taken = [number for other, number in index.listing(owner) if other == name]
+        number = max([*self.records.numbers(name), *taken], default=0) + 1
+        if number > MOST_VERSION:
+            raise BadInput(f"{name} has no number left after {MOST_VERSION}", hint="choose another name")
         version = Version(
             name=name,
-            version=max([*self.records.numbers(name), *taken], default=0) + 1,
+            version=number,
             kind=intake.kind,
             digest=digest,
             created=_now(),
