@@ -20,9 +20,21 @@ from xpert.registry.names import NAME_PATTERN, TAG_PATTERN, check_name
 from xpert.registry.strict_json import parse_json
 from xpert.storage import hash_json
 
-__all__ = ["MOST_BYTES", "SCHEMA", "DocumentName", "Tag", "document_bytes", "parse_document", "read_checked", "removal"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_NUMBER",
+    "SCHEMA",
+    "DocumentName",
+    "Tag",
+    "document_bytes",
+    "parse_document",
+    "read_checked",
+    "removal",
+]
 
 SCHEMA = 2
+MOST_NUMBER = 1 << 53
+"""No number in a document is larger: above it JSON's readers disagree, and an index holds none above 2^63."""
 MOST_BYTES = 4 << 20
 """No document is larger; a record of a thousand files with all their parts is far below."""
 
@@ -93,7 +105,7 @@ class Tag:
             numbers = (found.through, found.revision, *(() if found.version is None else (found.version,)))
             if value["kind"] != "tag" or TAG_PATTERN.fullmatch(found.tag) is None or not isinstance(found.moved, str):
                 raise ValueError("it is not a tag")
-            if not all(type(number) is int and number >= 0 for number in numbers):
+            if not all(type(number) is int and 0 <= number <= MOST_NUMBER for number in numbers):
                 raise ValueError("its numbers are not counts")
         except (KeyError, TypeError, ValueError, BadInput) as error:
             raise Corrupt(f"the tag is damaged: {error}", where=where) from None

@@ -229,8 +229,9 @@ class RemoteRegistry(Registry):
             partials = self.folder / "partials"
             unneeded = [path for sha256, path in self.blobs.all() if sha256 not in needed]
             for path in (*unneeded, *(partials.iterdir() if partials.is_dir() else ())):
-                if time.time() - path.stat().st_mtime > _DAY:  # younger ones may be under way
-                    path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # it arrived, or another `gc` took it
+                    if time.time() - path.stat().st_mtime > _DAY:  # younger ones may be under way
+                        path.unlink()
             for path in self.drafts.stale():
                 path.unlink(missing_ok=True)
         return garbage

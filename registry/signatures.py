@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt, Unavailable
-from xpert.registry.documents import SCHEMA, document_bytes
+from xpert.registry.documents import MOST_NUMBER, SCHEMA, document_bytes
 from xpert.registry.names import check_name
 from xpert.registry.versions import Record
 from xpert.storage import hash_json
@@ -125,7 +125,9 @@ class SignatureList:
             del plain["schema"], plain["kind"]
             found = cls(signatures=tuple(Signature(**entry) for entry in made), **plain)
             check_name(found.name)
-            if any(type(number) is not int or number < 0 for number in (found.version, found.revision)):
+            if any(
+                type(number) is not int or not 0 <= number <= MOST_NUMBER for number in (found.version, found.revision)
+            ):
                 raise ValueError("its numbers are unsound")
         except Corrupt:
             raise

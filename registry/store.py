@@ -32,7 +32,7 @@ from xpert.registry.searching import Hit
 from xpert.registry.signatures import SignatureList
 from xpert.registry.signing_keys import SigningKey
 from xpert.registry.soundness import Problem
-from xpert.registry.versions import Record, StoredFile, Version, content_digest
+from xpert.registry.versions import MOST_VERSION, Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, write_json
 
 __all__ = [
@@ -131,9 +131,12 @@ class Registry(ReadableRegistry):
                 self.blobs.put(content, file)
         owner = name.partition("/")[0]
         taken = [number for other, number in index.listing(owner) if other == name]
+        number = max([*self.records.numbers(name), *taken], default=0) + 1
+        if number > MOST_VERSION:
+            raise BadInput(f"{name} has no number left after {MOST_VERSION}", hint="choose another name")
         version = Version(
             name=name,
-            version=max([*self.records.numbers(name), *taken], default=0) + 1,
+            version=number,
             kind=intake.kind,
             digest=digest,
             created=_now(),

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt
-from xpert.registry.documents import SCHEMA, DocumentName, document_bytes, read_checked
+from xpert.registry.documents import MOST_NUMBER, SCHEMA, DocumentName, document_bytes, read_checked
 from xpert.registry.names import check_name, parse_ref, portable
 from xpert.storage import hash_json
 
-__all__ = ["KINDS", "Part", "Record", "StoredFile", "Version", "base_shown", "content_digest"]
+__all__ = ["KINDS", "MOST_VERSION", "Part", "Record", "StoredFile", "Version", "base_shown", "content_digest"]
 
 KINDS = ("expert", "mixture")
+MOST_VERSION = 999_999_999
+"""Names of documents have room for nine digits."""
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._+=-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -79,7 +81,7 @@ class Part:
     size: int
 
     def __post_init__(self) -> None:
-        if not _is_sha256(self.sha256) or type(self.size) is not int or self.size < 0:
+        if not _is_sha256(self.sha256) or not _is_count(self.size):
             raise BadInput("a part has no sound size and sha256")
 
 
@@ -99,7 +101,7 @@ class StoredFile:
         names = self.path.split("/") if isinstance(self.path, str) else []
         if not 1 <= len(names) <= 8 or not all(_PATH_PART.fullmatch(name) and portable(name) for name in names):
             raise BadInput(f"{self.path!r} may not be the name of a file of an expert", hint="rename or remove it")
-        if not _is_sha256(self.sha256) or type(self.size) is not int or self.size < 0:
+        if not _is_sha256(self.sha256) or not _is_count(self.size):
             raise BadInput(f"{self.path!r} has no sound size and sha256")
         if self.parts and sum(part.size for part in self.parts) != self.size:
             raise BadInput(f"the parts of {self.path!r} do not add up to its size")
@@ -159,7 +161,7 @@ class Record:
             raise Corrupt(f"the record is damaged: {error}", where=where) from None
         if version.kind not in KINDS or version.digest != content_digest(files) or _collide(files):
             raise Corrupt("the record contradicts itself", where=where)
-        if type(version.version) is not int or version.version < 1:
+        if type(version.version) is not int or not 1 <= version.version <= MOST_VERSION:
             raise Corrupt(f"the record has the version number {version.version!r}", where=where)
         return cls(version, files, sealed=value.get("checksum"))
 
@@ -168,11 +170,13 @@ def _check_fields(version: Version) -> None:
     texts = (version.created, version.base, version.base_fingerprint, version.description, *version.skills)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a field that must be text is none")
-    if type(version.size) is not int or version.size < 0:
+    if not _is_count(version.size):
         raise ValueError("its size is no count")
     scores = version.scores
-    if not isinstance(scores, dict) or not all(type(score) in (int, float) for score in scores.values()):
-        raise ValueError("a score is no number")
+    if not isinstance(scores, dict) or not all(
+        type(score) in (int, float) and abs(score) <= MOST_NUMBER for score in scores.values()
+    ):
+        raise ValueError("a score is no number, or none that a score can be")
     if any(parse_ref(ref).version is None for ref in version.uses):
         raise ValueError("it uses something that is no version")
 
@@ -184,6 +188,10 @@ def _collide(files: tuple[StoredFile, ...]) -> bool:
     while inner := {name.rpartition("/")[0] for name in folders} - folders:
         folders |= inner
     return len(folded) != len(files) or bool(folded & folders)
+
+
+def _is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number <= MOST_NUMBER
 
 
 def _is_sha256(text: object) -> bool:

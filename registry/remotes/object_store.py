@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,7 +50,7 @@ class ObjectStore:
 
     schemes: ClassVar[tuple[str, ...]] = tuple(sorted({"memory", "abfss", *known_implementations} - _NO_STORES))
     cost = (
-        "publish: 1 request to look and 1 to write per content, 4 for the record; sync: 1 listing per 1,000 documents"
+        "publish: 1 request to look and 1 to write per content, 5 for the record; sync: 1 listing per 1,000 documents"
     )
     source = "fsspec, https://filesystem-spec.readthedocs.io"
 
@@ -98,10 +99,11 @@ class ObjectStore:
             raise FileExistsError(document)  # before anything travels
         contents = {part.sha256: blobs.path(part.sha256) for file in record.files for part in file.blobs}
         while True:
-            begun = time.time()
-            self._send(contents, f"sending {record.version.ref}", progress)
+            begun = time.monotonic()
             self._put_document(data)
-            if time.time() - begun < GRACE / 3:
+            now = self._written(_copy(data))
+            self._send(contents, now, f"sending {record.version.ref}", progress)
+            if time.monotonic() - begun < GRACE / 3:
                 break  # everything was there, and no sweep takes it before the record stands
         self.files.create(f"records/{document}", data)
         if self.files.info(f"records/{record.version.ref}.removed.json") is not None:
@@ -138,8 +140,12 @@ class ObjectStore:
             with telling(progress, f"fetching {record.version.ref}", total) as told:
                 in_parallel(bring, wanted, self.files.workers)
 
-    def _send(self, contents: Mapping[str, Path], title: str, progress: Progress) -> None:
-        """Puts there what is not there, or is there with another content; makes new again what a sweep might take."""
+    def _send(self, contents: Mapping[str, Path], now: float, title: str, progress: Progress) -> None:
+        """Puts there what is not there, or is there with another content; makes new again what a sweep might take.
+
+        `now` by the place's clock, as are all ages: machines' own clocks differ, and a sweep by one that is ahead would
+        take what another is just sending.
+        """
         sizes = {sha256: path.stat().st_size for sha256, path in contents.items()}
         with telling(progress, title, sum(sizes.values())) as told:
 
@@ -149,7 +155,7 @@ class ObjectStore:
                 if info is None or info["size"] != sizes[sha256] or not _may_be(info, path):
                     self.files.upload(name, path, sha256, told)
                     return
-                if _age(info) > GRACE / 2:
+                if _age(info, now) > GRACE / 2:
                     self.files.touch(name, path, sha256)
                 told(sizes[sha256])
 
@@ -159,14 +165,15 @@ class ObjectStore:
 
     def sweep(self, needed: Collection[str], *, dry_run: bool = False) -> tuple[int, int]:
         garbage = {}
+        now = time.time() if dry_run else self._now()
         for name, info in self.files.find("blobs").items():
             match = _BLOB.fullmatch(name)
-            if match is not None and match["first"] + match["rest"] not in needed and _age(info) > GRACE:
+            if match is not None and match["first"] + match["rest"] not in needed and _age(info, now) > GRACE:
                 garbage[name] = int(info["size"])
 
         def drop(name: str) -> None:
             info = self.files.info(name)
-            if info is not None and _age(info) > GRACE:  # a publish may have made it new again meanwhile
+            if info is not None and _age(info, now) > GRACE:  # a publish may have made it new again meanwhile
                 self.files.remove(name)
 
         if not dry_run:
@@ -271,6 +278,20 @@ class ObjectStore:
         except FileExistsError:
             self._check_mark()  # somebody else made it meanwhile
 
+    def _now(self) -> float:
+        """The time by the place's clock."""
+        name = f"drafts/{uuid.uuid4().hex}"
+        self.files.put(name, b"what time is it?")
+        try:
+            return self._written(name)
+        finally:
+            self.files.remove(name)
+
+    def _written(self, name: str) -> float:
+        """When an object was written, by the place's clock; our own time where the filesystem does not tell."""
+        moment = written(self.files.info(name) or {})
+        return time.time() if moment is None else moment
+
     def _put_document(self, data: bytes) -> None:
         """The document's own blob, from which its place among the records can be made again."""
         self.files.put(_copy(data), data)
@@ -285,10 +306,10 @@ def _copy(document: bytes) -> str:
     return f"blobs/documents/{sha256[:2]}/{sha256[2:]}"
 
 
-def _age(info: Info) -> float:
+def _age(info: Info, now: float) -> float:
     """Seconds since it was written; 0 where the filesystem does not tell, so that it is never swept."""
     moment = written(info)
-    return 0.0 if moment is None else time.time() - moment
+    return 0.0 if moment is None else now - moment
 
 
 def _may_be(info: Info, path: Path) -> bool:

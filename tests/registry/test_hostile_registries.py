@@ -15,7 +15,7 @@ from click.testing import Result
 
 from xpert.errors import BadInput, Corrupt
 from xpert.registry.card import ExpertCard
-from xpert.registry.documents import DocumentName
+from xpert.registry.documents import DocumentName, document_bytes
 from xpert.registry.intake import read_document
 from xpert.registry.names import check_name
 from xpert.registry.signing_keys import PublicKey, SigningKey
@@ -119,6 +119,9 @@ RECORDS: dict[str, dict[str, object]] = {
     "scores that are a list": {"scores": ["a"]},
     "uses that are no references": {"uses": ["../x"]},
     "a size that is not the sum": {"size": -5},
+    "a size beyond any disk": {"size": 10**30},
+    "a file beyond any disk": {"files": [some_file("a", size=10**30)]},
+    "a score beyond any": {"scores": {"a": 10**400}},
     "a time that is a number": {"created": 5},
 }
 
@@ -342,6 +345,30 @@ def test_a_registry_does_not_lead_elsewhere(part: str, registry: Registry, exper
         with pytest.raises(BadInput, match="a symbolic link"):
             act()
     assert sorted(elsewhere.rglob("*")) == before
+
+
+GIANTS = {
+    "a tag": {"kind": "tag", "tag": "evil", "version": 10**30, "through": 1, "revision": 1, "moved": "now"},
+    "its revision": {"kind": "tag", "tag": "evil", "version": 1, "through": 1, "revision": 10**30, "moved": "now"},
+}
+
+
+@pytest.mark.parametrize("case", GIANTS)
+def test_giant_numbers_stop_nobody(case: str, registry: Registry, expert: Maker) -> None:
+    """SQLite has no integer above 2^63: one such document would end every reading of the whole registry."""
+    registry.publish(expert(), "acme/a")
+    path = registry.records.path(DocumentName("acme/a", "tag", tag="evil"))
+    path.write_bytes(document_bytes({"schema": 2, "name": "acme/a", **GIANTS[case]}))
+    assert [entry.latest.ref for entry in registry.list()] == ["acme/a@1"]
+    assert "acme/a@evil.tag.json" in [problem.where for problem in registry.verify()]
+
+
+def test_numbers_come_to_an_end(registry: Registry, expert: Maker) -> None:
+    registry.publish(expert("a"), "acme/a")
+    last = sealed(registry, version=999_999_999)
+    registry.records.record_path("acme/a", 999_999_999).write_bytes(document_bytes(last))
+    with pytest.raises(BadInput, match="no number left"):
+        registry.publish(expert("b", seed=1), "acme/a")
 
 
 def test_giant_copies_are_passed_over(registry: Registry, expert: Maker) -> None:

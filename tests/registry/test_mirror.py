@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -380,3 +382,26 @@ def test_publishing_goes_on_after_a_break(
     with pytest.raises(Unavailable):
         a.publish(folder, "acme/a")
     assert a.publish(folder, "acme/a").ref == "acme/a@1" and list(a.verify()) == []
+
+
+def test_a_sweep_by_a_machine_whose_clock_is_ahead(
+    place: Place, machine: Callable[..., RemoteRegistry], expert: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes nothing of what another is just sending: ages are told by the place's clock."""
+    a, b = machine(place), machine(place)
+    a.publish(expert("a", seed=1), "acme/a")
+    assert isinstance(b.remote, object_store.ObjectStore)
+    create = b.remote.files.create
+    swept: list[int] = []
+    ahead = SimpleNamespace(time=lambda: time.time() + 7200, monotonic=time.monotonic)
+
+    def after_sweep(name: str, data: bytes) -> None:
+        if name.startswith("records/"):
+            with monkeypatch.context() as patch:
+                patch.setattr(object_store, "time", ahead)
+                swept.append(a.gc().files)
+        create(name, data)
+
+    monkeypatch.setattr(b.remote.files, "create", after_sweep)
+    b.publish(expert("b", seed=2), "acme/b")
+    assert swept == [0] and list(machine(place).verify()) == []

@@ -197,12 +197,12 @@ def test_an_interrupted_push_goes_on(store_place: Place, tmp_path: Path) -> None
     with pytest.raises(BadInput):
         remote.push(record, data, blobs)
     assert dict(remote.listing()) == {}
-    before = {name for name in store_place.names() if name.startswith("blobs/")}
-    assert len(before) == 7
+    held = sum(name.startswith("blobs/") and "documents" not in name for name in store_place.names())
+    assert held == 7 - remote.files.conditional  # the copy of the record goes first; elsewhere it is not counted
     broken.set()
     sent.clear()
     remote.push(record, data, blobs)
-    assert sum(sent.values()) == 12 - 7 + remote.files.conditional  # and the copy of the record
+    assert sum(sent.values()) == 12 - held + remote.files.conditional
     assert set(remote.listing()) == {ONE} and list(remote.problems([record])) == []
 
 
@@ -376,7 +376,7 @@ def test_old_contents_that_are_used_again_are_made_new(
     s3_place.remote().push(record, data, blobs)
     calls: list[str] = []
     ages = iter([object_store.GRACE * 0.6, object_store.GRACE * 0.4])
-    monkeypatch.setattr(object_store, "_age", lambda info: next(ages))
+    monkeypatch.setattr(object_store, "_age", lambda info, now: next(ages))
     for _ in range(2):
         s3_place.remote(lambda call, given, named: calls.append(call)).push(record, data, blobs)
     assert calls.count("cp_file") == 1
