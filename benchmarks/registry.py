@@ -29,8 +29,8 @@ from safetensors.numpy import save
 
 from xpert.registry import reading
 from xpert.registry.card import BaseModel, ExpertCard
+from xpert.registry.skills.taxonomy import Taxonomy
 from xpert.registry.store import Registry
-from xpert.registry.taxonomy import Taxonomy
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
 WORDS = ("french", "german", "poetry", "sums", "logic", "chess", "law", "medicine", "code", "physics", "cooking", "go")

@@ -28,7 +28,7 @@ from xpert.registry.opening import open_registry
 from xpert.registry.store import Registry
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
-SERVER = Path(__file__).parents[1] / "tests" / "registry" / "s3_server.py"
+SERVER = Path(__file__).parents[1] / "tests" / "registry" / "places" / "s3_server.py"
 
 
 def expert(folder: Path, seed: int, mebibytes: int) -> Path:

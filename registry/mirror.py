@@ -40,8 +40,8 @@ from xpert.registry.names import LATEST, Ref
 from xpert.registry.rebuilding import Rebuilt, check_document, document_of
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.remote import Remote
-from xpert.registry.signatures import SignatureList
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
+from xpert.registry.signing.signatures import SignatureList
 from xpert.registry.soundness import Problem, check_documents, check_index
 from xpert.registry.store import INDEX, MARK, Details, Garbage, Registry
 from xpert.registry.versions import Record, StoredFile, Version

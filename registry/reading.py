@@ -22,11 +22,11 @@ from xpert.registry.intake import MIXTURE_FILE, MOST_DOCUMENT, parse_json
 from xpert.registry.names import LATEST, Ref, check_name, default_registry, parse_ref, registry_folder
 from xpert.registry.record_folder import RecordFolder
 from xpert.registry.searching import Hit, Query, find, open_fixed_embedder, text_of
-from xpert.registry.signatures import Signature
+from xpert.registry.signing.signatures import Signature
+from xpert.registry.signing.standing import refusals
+from xpert.registry.signing.trust import TrustList
+from xpert.registry.skills.taxonomy import Taxonomy
 from xpert.registry.soundness import Problem, problems
-from xpert.registry.standing import refusals
-from xpert.registry.taxonomy import Taxonomy
-from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record, StoredFile, Version
 from xpert.storage import disk_is_full, read_json, write_json
 

@@ -11,7 +11,7 @@ from xpert.errors import NotFound, XpertError
 from xpert.progress import Progress
 from xpert.registry.documents import DocumentName, Tag, parse_document, read_checked
 from xpert.registry.record_folder import RecordFolder, read_plain
-from xpert.registry.signatures import SignatureList
+from xpert.registry.signing.signatures import SignatureList
 from xpert.registry.versions import KINDS, Record
 
 __all__ = ["Rebuilt", "check_document", "document_of", "lost_documents", "restore_names"]

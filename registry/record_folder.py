@@ -20,7 +20,7 @@ from xpert.registry.documents import (
     read_checked,
     removal,
 )
-from xpert.registry.signatures import SignatureList
+from xpert.registry.signing.signatures import SignatureList
 from xpert.registry.versions import Record
 
 __all__ = ["RecordFolder", "read_plain"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from xpert.errors import BadInput
 from xpert.registry.index import Index, search_words
-from xpert.registry.taxonomy import Taxonomy
+from xpert.registry.skills.taxonomy import Taxonomy
 from xpert.registry.versions import Version
 
 if TYPE_CHECKING:

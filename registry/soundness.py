@@ -16,7 +16,7 @@ from xpert.registry.documents import DocumentName
 from xpert.registry.index import Index
 from xpert.registry.intake import MOST_DOCUMENT, parse_json
 from xpert.registry.record_folder import RecordFolder
-from xpert.registry.signatures import fingerprint, verify
+from xpert.registry.signing.signatures import fingerprint, verify
 from xpert.registry.versions import Record
 
 __all__ = ["Problem", "check_documents", "check_index", "problems"]

@@ -29,8 +29,8 @@ from xpert.registry.names import LATEST, Ref, check_name, check_tag, default_reg
 from xpert.registry.reading import INDEX, MARK, Details, Entry, ReadableRegistry, tags_hint
 from xpert.registry.rebuilding import Rebuilt, lost_documents, restore_names
 from xpert.registry.searching import Hit
-from xpert.registry.signatures import SignatureList
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
+from xpert.registry.signing.signatures import SignatureList
 from xpert.registry.soundness import Problem
 from xpert.registry.versions import MOST_VERSION, Record, StoredFile, Version, content_digest
 from xpert.storage import disk_errors, write_json

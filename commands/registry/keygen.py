@@ -19,7 +19,7 @@ __all__ = ["command"]
 @common_options
 def command(session: Session, out: Path, comment: str, passphrase_file: Path | None) -> None:
     """Make a key to sign with: FILE is private, FILE.pub is for those who shall trust it."""
-    from xpert.registry.signing_keys import SigningKey, passphrase_from
+    from xpert.registry.signing.keys import SigningKey, passphrase_from
 
     made = SigningKey.generate(out, comment=comment, passphrase=passphrase_from(passphrase_file)()).public
     value = {"key": made.key, "fingerprint": made.fingerprint, "private": str(out), "public": f"{out}.pub"}

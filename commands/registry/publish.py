@@ -10,7 +10,7 @@ import click
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import passphrase_option, registry_options
 from xpert.errors import BadInput
-from xpert.registry.signing_keys import ENVIRONMENT, SigningKey, passphrase_from
+from xpert.registry.signing.keys import ENVIRONMENT, SigningKey, passphrase_from
 from xpert.registry.store import MAX_GIB, Registry
 
 __all__ = ["command"]

@@ -39,7 +39,7 @@ def command(session: Session, registry: Registry, text: Sequence[str], taxonomy:
 
     `french translation` also finds experts of `translation_fr`. With --embedder, likeness of meaning counts too.
     """
-    from xpert.registry.taxonomy import Taxonomy
+    from xpert.registry.skills.taxonomy import Taxonomy
 
     hits = registry.search(
         " ".join(text),

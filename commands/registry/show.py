@@ -9,9 +9,9 @@ import click
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import interval, numbers_shown, registry_options, size_shown, table
 from xpert.printable import printable
-from xpert.registry.standing import Signer, Standing, standing
+from xpert.registry.signing.standing import Signer, Standing, standing
+from xpert.registry.signing.trust import TrustList
 from xpert.registry.store import Details, Registry
-from xpert.registry.trust import TrustList
 
 __all__ = ["command"]
 

@@ -8,7 +8,7 @@ import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import passphrase_option, registry_options
-from xpert.registry.signing_keys import SigningKey, passphrase_from, signing_key_path
+from xpert.registry.signing.keys import SigningKey, passphrase_from, signing_key_path
 from xpert.registry.store import Registry
 
 __all__ = ["command"]

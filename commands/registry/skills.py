@@ -9,9 +9,9 @@ import click
 
 from xpert.commands.options import Session
 from xpert.commands.registry._shared import registry_options, table
-from xpert.registry.skill_holders import Holder, holders
+from xpert.registry.skills.skill_holders import Holder, holders
+from xpert.registry.skills.taxonomy import VARIABLE, Skill, Taxonomy
 from xpert.registry.store import Registry
-from xpert.registry.taxonomy import VARIABLE, Skill, Taxonomy
 
 __all__ = ["command"]
 

@@ -8,8 +8,8 @@ import click
 
 from xpert.commands.options import Session, common_options
 from xpert.commands.registry._shared import table
-from xpert.registry.signing_keys import PublicKey
-from xpert.registry.trust import TrustEntry, TrustList, covers, edit_trust, trust_path
+from xpert.registry.signing.keys import PublicKey
+from xpert.registry.signing.trust import TrustEntry, TrustList, covers, edit_trust, trust_path
 
 __all__ = ["command"]
 

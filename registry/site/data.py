@@ -12,7 +12,7 @@ from typing import Any
 from xpert.errors import XpertError
 from xpert.progress import SILENT, Progress
 from xpert.registry.card import ExpertCard, Interval, SkillProfile, SkillScore
-from xpert.registry.signatures import fingerprint, verify
+from xpert.registry.signing.signatures import fingerprint, verify
 from xpert.registry.store import Details, Registry
 from xpert.registry.versions import StoredFile, Version
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from xpert.errors import BadInput
 from xpert.registry.searching import open_fixed_embedder
+from xpert.registry.skills.taxonomy import Taxonomy
 from xpert.registry.store import Registry
-from xpert.registry.taxonomy import Taxonomy
 
 Maker = Callable[..., Path]
 

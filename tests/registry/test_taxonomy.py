@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from xpert.errors import BadInput, NotFound
 from xpert.registry.card import Interval, SkillScore
+from xpert.registry.skills.taxonomy import BUILTIN as BUILTIN_FILE
+from xpert.registry.skills.taxonomy import Skill, Taxonomy, skill_words
 from xpert.registry.store import Registry
-from xpert.registry.taxonomy import BUILTIN as BUILTIN_FILE
-from xpert.registry.taxonomy import Skill, Taxonomy, skill_words
 
 Run = Callable[..., Result]
 BUILTIN = Taxonomy.builtin()

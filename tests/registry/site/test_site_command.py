@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 
 from xpert.registry.card import ExpertCard
-from xpert.registry.signatures import fingerprint
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
+from xpert.registry.signing.signatures import fingerprint
 from xpert.registry.site.data import gather, sound_card
 from xpert.registry.site.pages import Site
 from xpert.registry.store import Registry

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from xpert.printable import printable
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Maker = Callable[..., Path]
 Run = Callable[..., Result]
 

@@ -18,13 +18,13 @@ from xpert.registry.card import ExpertCard
 from xpert.registry.documents import DocumentName, document_bytes
 from xpert.registry.intake import read_document
 from xpert.registry.names import check_name
-from xpert.registry.signing_keys import PublicKey, SigningKey
+from xpert.registry.signing.keys import PublicKey, SigningKey
+from xpert.registry.signing.trust import TrustList
 from xpert.registry.store import Registry
-from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 from xpert.storage import cache_folder, hash_json, read_json
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Maker = Callable[..., Path]
 Run = Callable[..., Result]
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.registry.places import Place
-from tests.registry.places import memory_place as memory_place
-from tests.registry.places import s3_bucket as s3_bucket
-from tests.registry.places import s3_place as s3_place
-from tests.registry.places import s3_server as s3_server
+from tests.registry.places.places import Place
+from tests.registry.places.places import memory_place as memory_place
+from tests.registry.places.places import s3_bucket as s3_bucket
+from tests.registry.places.places import s3_place as s3_place
+from tests.registry.places.places import s3_server as s3_server
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.registry import mirror
 from xpert.registry.mirror import RemoteRegistry

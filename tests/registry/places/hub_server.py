@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import yaml
 
-from tests.registry.hub_state import LFS_SUFFIXES, Account, Blob, HubState, Refusal, Repository
+from tests.registry.places.hub_state import LFS_SUFFIXES, Account, Blob, HubState, Refusal, Repository
 
 __all__ = ["Fault", "HubServer"]
 

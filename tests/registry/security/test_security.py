@@ -31,7 +31,7 @@ from xpert.registry.store import Registry
 from xpert.registry.strict_json import MOST_NESTED, check_json_text
 from xpert.registry.tensor_header import read_tensor_header
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Maker = Callable[..., Path]
 Run = Callable[..., Result]
 

@@ -12,10 +12,10 @@ from click.testing import Result
 
 from xpert.errors import BadInput, Corrupt
 from xpert.registry.documents import DocumentName
-from xpert.registry.signatures import SignatureList, verify
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
+from xpert.registry.signing.signatures import SignatureList, verify
+from xpert.registry.signing.trust import edit_trust
 from xpert.registry.store import Registry
-from xpert.registry.trust import edit_trust
 from xpert.registry.versions import Record
 
 Maker = Callable[..., Path]
@@ -159,7 +159,7 @@ def test_a_removed_version_loses_its_signatures(registry: Registry, expert: Make
 
 def test_old_registries_can_be_signed(key: SigningKey, tmp_path: Path) -> None:
     """A record of the first schema keeps the checksum it has, which the signature binds."""
-    shutil.copytree(Path(__file__).parent / "fixtures" / "version-1", tmp_path / "old")
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "version-1", tmp_path / "old")
     registry = Registry(tmp_path / "old")
     registry.sign("acme/sums@1", key)
     record = registry.record("acme/sums@1")

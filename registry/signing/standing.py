@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from xpert.errors import Corrupt, Unavailable, XpertError
 from xpert.registry.record_folder import RecordFolder
-from xpert.registry.signatures import Signature, fingerprint
+from xpert.registry.signing.signatures import Signature, fingerprint
+from xpert.registry.signing.trust import TrustList
 from xpert.registry.soundness import Problem
-from xpert.registry.trust import TrustList
 from xpert.registry.versions import Record
 
 __all__ = ["Signer", "Standing", "refusals", "standing"]

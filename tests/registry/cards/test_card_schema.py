@@ -30,7 +30,7 @@ from xpert.registry.card_schema import card_schema, check_card, field_tables
 from xpert.registry.store import Registry
 from xpert.storage import hash_file
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., Result]
 Maker = Callable[..., Path]
 

@@ -13,8 +13,8 @@ import pytest
 from click.testing import Result
 from huggingface_hub import errors as hub_errors
 
-from tests.registry.hub_server import Fault, HubServer
-from tests.registry.test_import import CONFIG, WEIGHTS, hub_cache
+from tests.registry.places.hub_server import Fault, HubServer
+from tests.registry.ports.test_import import CONFIG, WEIGHTS, hub_cache
 from xpert.errors import BadInput, NotFound, Unavailable, XpertError
 from xpert.experts.adapter_sources import find_adapter
 from xpert.experts.importing import import_adapter

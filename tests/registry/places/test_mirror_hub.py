@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.registry.places import Place
-from tests.registry.test_hub import hub as hub
-from tests.registry.test_hub import place as place
-from tests.registry.test_mirror import _no_pauses as _no_pauses
-from tests.registry.test_mirror import machine as machine
-from tests.registry.test_mirror import test_numbers_race as test_numbers_race
-from tests.registry.test_mirror import test_offline_without_the_contents as test_offline_without_the_contents
-from tests.registry.test_mirror import test_only_what_changed_is_read as test_only_what_changed_is_read
-from tests.registry.test_mirror import test_publishing_goes_on_after_a_break as test_publishing_goes_on_after_a_break
-from tests.registry.test_mirror import test_tags_and_removal_travel as test_tags_and_removal_travel
-from tests.registry.test_mirror import (
+from tests.registry.places.places import Place
+from tests.registry.places.test_hub import hub as hub
+from tests.registry.places.test_hub import place as place
+from tests.registry.places.test_mirror import _no_pauses as _no_pauses
+from tests.registry.places.test_mirror import machine as machine
+from tests.registry.places.test_mirror import test_numbers_race as test_numbers_race
+from tests.registry.places.test_mirror import test_offline_without_the_contents as test_offline_without_the_contents
+from tests.registry.places.test_mirror import test_only_what_changed_is_read as test_only_what_changed_is_read
+from tests.registry.places.test_mirror import (
+    test_publishing_goes_on_after_a_break as test_publishing_goes_on_after_a_break,
+)
+from tests.registry.places.test_mirror import test_tags_and_removal_travel as test_tags_and_removal_travel
+from tests.registry.places.test_mirror import (
     test_what_one_machine_publishes_another_pulls as test_what_one_machine_publishes_another_pulls,
 )
 from xpert.registry.copying import copy_versions

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.registry.signatures import KEY_BYTES, Signature, decode, fingerprint, verify
-from xpert.registry.signing_keys import PublicKey, check_comment
+from xpert.registry.signing.keys import PublicKey, check_comment
+from xpert.registry.signing.signatures import KEY_BYTES, Signature, decode, fingerprint, verify
 from xpert.registry.strict_json import parse_json
 from xpert.registry.versions import Record
 from xpert.storage import config_folder, disk_errors, write_json

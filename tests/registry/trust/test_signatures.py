@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpert.errors import BadInput, Corrupt, Unavailable, XpertError
-from xpert.registry.signatures import MOST_SIGNATURES, Signature, SignatureList, decode, statement, verify
-from xpert.registry.signing_keys import PublicKey, SigningKey, passphrase_from
+from xpert.registry.signing.keys import PublicKey, SigningKey, passphrase_from
+from xpert.registry.signing.signatures import MOST_SIGNATURES, Signature, SignatureList, decode, statement, verify
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
 Run = Callable[..., Result]

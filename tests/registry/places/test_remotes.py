@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.registry.places import PLACES, STORES, Place, Watched, make_version
-from tests.registry.places import folder_place as folder_place
-from tests.registry.places import memory_place as memory_place
-from tests.registry.places import s3_bucket as s3_bucket
-from tests.registry.places import s3_place as s3_place
-from tests.registry.places import s3_server as s3_server
+from tests.registry.places.places import PLACES, STORES, Place, Watched, make_version
+from tests.registry.places.places import folder_place as folder_place
+from tests.registry.places.places import memory_place as memory_place
+from tests.registry.places.places import s3_bucket as s3_bucket
+from tests.registry.places.places import s3_place as s3_place
+from tests.registry.places.places import s3_server as s3_server
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore, Drafts

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from xpert.errors import BadInput, Corrupt, NotFound, nearest, unknown
-from xpert.registry.roll_up import RollUp, Scored, roll_up
+from xpert.registry.skills.roll_up import RollUp, Scored, roll_up
 from xpert.storage import hash_json
 
 __all__ = ["Skill", "Taxonomy", "skill_words"]

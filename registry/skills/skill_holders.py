@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from xpert.registry.card import ExpertCard, SkillScore
-from xpert.registry.taxonomy import Taxonomy
+from xpert.registry.skills.taxonomy import Taxonomy
 
 __all__ = ["Holder", "holders"]
 

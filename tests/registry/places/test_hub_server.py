@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.registry.hub_server import Fault, HubServer
+from tests.registry.places.hub_server import Fault, HubServer
 
 WEIGHTS = bytes(range(256)) * 40
 

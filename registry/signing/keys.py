@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from xpert.errors import BadInput, NotFound
-from xpert.registry.signatures import KEY_BYTES, Signature, decode, fingerprint, load_ed25519, statement
+from xpert.registry.signing.signatures import KEY_BYTES, Signature, decode, fingerprint, load_ed25519, statement
 from xpert.registry.versions import Record
 from xpert.storage import disk_errors
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry.hub_server import HubServer
-from tests.registry.places import Place
-from tests.registry.test_copying import filled, records
-from tests.registry.test_hub import hub, place
-from tests.registry.test_mirror import (
+from tests.registry.places.hub_server import HubServer
+from tests.registry.places.places import Place
+from tests.registry.places.test_copying import filled, records
+from tests.registry.places.test_hub import hub, place
+from tests.registry.places.test_mirror import (
     _no_pauses,
     files_of,
     machine,
@@ -30,7 +30,7 @@ from xpert.errors import Corrupt
 from xpert.registry.copying import copy_versions
 from xpert.registry.mirror import RemoteRegistry
 from xpert.registry.opening import open_registry
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
 from xpert.registry.store import Registry
 
 __all__ = [

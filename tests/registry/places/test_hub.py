@@ -13,21 +13,21 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 
-from tests.registry.hub_server import Fault, HubServer
-from tests.registry.places import Place
-from tests.registry.test_remotes import (
+from tests.registry.places.hub_server import Fault, HubServer
+from tests.registry.places.places import Place
+from tests.registry.places.test_remotes import (
     test_a_number_is_given_out_once as test_a_number_is_given_out_once,
 )
-from tests.registry.test_remotes import (
+from tests.registry.places.test_remotes import (
     test_a_place_without_a_registry as test_a_place_without_a_registry,
 )
-from tests.registry.test_remotes import (
+from tests.registry.places.test_remotes import (
     test_a_removed_version_keeps_its_number as test_a_removed_version_keeps_its_number,
 )
-from tests.registry.test_remotes import (
+from tests.registry.places.test_remotes import (
     test_documents_are_replaced_under_a_condition as test_documents_are_replaced_under_a_condition,
 )
-from tests.registry.test_remotes import test_what_is_pushed_comes_back as test_what_is_pushed_comes_back
+from tests.registry.places.test_remotes import test_what_is_pushed_comes_back as test_what_is_pushed_comes_back
 from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.registry.blobs import BlobStore, Drafts
 from xpert.registry.card import BaseModel, ExpertCard

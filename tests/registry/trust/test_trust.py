@@ -14,8 +14,8 @@ import pytest
 from click.testing import Result
 
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.registry.signing_keys import PublicKey, SigningKey
-from xpert.registry.trust import TrustEntry, TrustList, edit_trust, trust_path
+from xpert.registry.signing.keys import PublicKey, SigningKey
+from xpert.registry.signing.trust import TrustEntry, TrustList, edit_trust, trust_path
 from xpert.registry.versions import Record, StoredFile, Version, content_digest
 
 Run = Callable[..., Result]
@@ -150,7 +150,7 @@ def test_the_file(tmp_path: Path, keys: dict[str, SigningKey], monkeypatch: pyte
 
 def test_two_who_change_it_at_once(keys: dict[str, SigningKey]) -> None:
     code = (
-        "import sys\nfrom xpert.registry.trust import edit_trust\n"
+        "import sys\nfrom xpert.registry.signing.trust import edit_trust\n"
         "for n in range(10): edit_trust(lambda known: known.requiring(f'{sys.argv[1]}-{n}'))"
     )
     running = [subprocess.Popen([sys.executable, "-c", code, who]) for who in ("a", "b", "c")]

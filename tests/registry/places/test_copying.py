@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tests.registry.places import s3_bucket as s3_bucket
-from tests.registry.places import s3_server as s3_server
+from tests.registry.places.places import s3_bucket as s3_bucket
+from tests.registry.places.places import s3_server as s3_server
 from xpert.errors import BadInput, Corrupt
 from xpert.registry import mirror
 from xpert.registry.copying import copy_versions
 from xpert.registry.opening import open_registry
-from xpert.registry.signing_keys import SigningKey
+from xpert.registry.signing.keys import SigningKey
 from xpert.registry.store import Registry
 from xpert.storage import hash_file
 
@@ -65,7 +65,7 @@ def test_from_place_to_place(filled: Registry, s3_bucket: str, tmp_path: Path) -
 
 def test_what_an_older_xpert_published(tmp_path: Path) -> None:
     """Its mixture still names the registry of its publisher."""
-    shutil.copytree(Path(__file__).parent / "fixtures" / "version-1", tmp_path / "old")
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "version-1", tmp_path / "old")
     old, target = Registry(tmp_path / "old"), open_registry(f"memory://{tmp_path.name}/new")
     copied = copy_versions(old, target, ["acme/two"])
     assert copied[-1].ref == "acme/two@1" and all(one.new for one in copied) and len(copied) > 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry.hub_server import HubServer
-from tests.registry.test_hub import NAME, hub, push, store
+from tests.registry.places.hub_server import HubServer
+from tests.registry.places.test_hub import NAME, hub, push, store
 from xpert.registry.blobs import BlobStore
 from xpert.registry.remotes.hub import Hub
 
