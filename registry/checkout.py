@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from xpert.progress import Progress
@@ -29,35 +31,39 @@ def check_out_to_cache(blobs: BlobStore, record: Record, progress: Progress) -> 
     target = cache_folder() / "experts" / record.version.digest
     if is_sound(target, record):
         return target
-    if target.exists():
-        progress.say(f"the cached copy of {record.version.ref} was changed or damaged; copying it again")
-        with disk_errors(target):
+    with disk_errors(target), _alone(target):
+        if is_sound(target, record):  # another process has made it meanwhile
+            return target
+        if target.exists():
+            progress.say(f"the cached copy of {record.version.ref} was changed or damaged; copying it again")
             aside = target.with_name(f".{target.name}.draft-{os.getpid()}-{uuid.uuid4().hex[:8]}")
             target.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-    # Another process may make the same folder meanwhile. So each fills its own, and the first rename wins.
-    own = target.with_name(f".{target.name}.draft-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        check_out(blobs, record, own)
-        try:
-            own.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_sound(target, record):
-                raise
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-    return target
+        return check_out(blobs, record, target)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """No other process makes this folder meanwhile: it would remove what this one is about to hand out."""
+    locks = target.parent.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / target.name).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def is_sound(folder: Path, record: Record) -> bool:
     """Whether the folder holds exactly the version's files. Reads them all."""
     if folder.is_symlink() or not folder.is_dir() or any(path.is_symlink() for path in folder.rglob("*")):
         return False  # what a link leads to can be exchanged without the folder changing
-    held = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
-    return held.keys() == {file.path for file in record.files} and all(
-        held[file.path].stat().st_size == file.size and hash_file(held[file.path]) == file.sha256
-        for file in record.files
-    )
+    try:
+        held = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+        return held.keys() == {file.path for file in record.files} and all(
+            held[file.path].stat().st_size == file.size and hash_file(held[file.path]) == file.sha256
+            for file in record.files
+        )
+    except FileNotFoundError:
+        return False  # another process is just making it again
 
 
 def _fill(blobs: BlobStore, record: Record, folder: Path) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from xpert.errors import Unavailable
+from xpert.registry import checkout
 from xpert.registry import index as index_module
+from xpert.registry.blobs import BlobStore
 from xpert.registry.copying import copy_versions
 from xpert.registry.index import Index
 from xpert.registry.store import Registry
+from xpert.registry.versions import Record
 
 Maker = Callable[..., Path]
 
@@ -100,3 +105,30 @@ def test_gc_makes_room_on_a_full_disk(
         registry.tag("acme/a", "stable")
     monkeypatch.undo()
     assert registry.verify() == []
+
+
+def test_two_who_mend_one_cached_copy(registry: Registry, expert: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both see the damage; the second may not take away what the first has handed out."""
+    registry.publish(expert(), "acme/a")
+    folder = registry.pull("acme/a")
+    (folder / "README.md").write_text("changed")
+    is_sound, both = checkout.is_sound, threading.Barrier(2)
+    looked, made = threading.local(), []
+
+    def slowly(folder: Path, record: Record) -> bool:
+        sound = is_sound(folder, record)
+        if not hasattr(looked, "once"):
+            looked.once = True
+            both.wait(timeout=30)
+        return sound
+
+    def check_out(blobs: BlobStore, record: Record, target: Path) -> Path:
+        made.append(target)
+        return copy(blobs, record, target)
+
+    copy = checkout.check_out
+    monkeypatch.setattr(checkout, "is_sound", slowly)
+    monkeypatch.setattr(checkout, "check_out", check_out)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(registry.pull, ["acme/a"] * 2)) == [folder, folder]
+    assert len(made) == 1 and is_sound(folder, registry.record("acme/a"))
