@@ -222,16 +222,17 @@ class Index:
         ).fetchone()
         return row[0] if row else None
 
-    def search(self, text: str) -> list[Version]:
+    def search(self, text: str, *, every: bool = True) -> list[Version]:
         """The latest version of every name that matches all words of `text` by their beginnings, best match first.
 
-        Without the FTS5 table the same versions are found, in the order of their names.
+        With `every` false one of the words is enough. Without the FTS5 table the same versions are found, in the order
+        of their names.
         """
         words = search_words(text)
         if not words:
             return self._versions("WHERE latest ORDER BY name", ())
         if self.has_words:
-            query = " ".join(f'"{word}"*' for word in words)
+            query = (" " if every else " OR ").join(f'"{word}"*' for word in words)
             return self._versions(
                 "JOIN words ON words.rowid = versions.id WHERE words MATCH ? AND latest"
                 " ORDER BY bm25(words, 4, 1, 2), versions.name",
@@ -239,7 +240,7 @@ class Index:
                 table="versions.",
             )
         latest = self._versions("WHERE latest ORDER BY name", ())
-        return [version for version in latest if _matches(version, words)]
+        return [version for version in latest if _matches(version, words, every)]
 
     # ── skills and vectors ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -267,9 +268,10 @@ class Index:
         )
 
     def keep_vectors(self, embedder: str, versions: Sequence[Version], vectors: NDArray[np.float32]) -> None:
-        """vectors [n, d], of n versions; one that is no longer there is passed over."""
+        """vectors [n, d], of n versions, kept in half precision (a cosine is then right to 0.001); a version that is no
+        longer there is passed over."""
         rows = [
-            (embedder, vector.astype("<f4").tobytes(), version.name, version.version)
+            (embedder, vector.astype("<f2").tobytes(), version.name, version.version)
             for version, vector in zip(versions, vectors, strict=True)
         ]
         self._db.executemany(
@@ -280,17 +282,19 @@ class Index:
         """Ref -> cosine of the latest versions with `vector` [d], the closest first. Time O(n d)."""
         import numpy as np
 
-        rows = self._db.execute(
-            "SELECT versions.name || '@' || versions.version, vectors.vector FROM vectors"
-            " JOIN versions ON versions.id = vectors.id WHERE vectors.embedder = ? AND versions.latest",
-            (embedder,),
-        ).fetchall()
+        refs = dict(self._db.execute("SELECT id, name || '@' || version FROM versions WHERE latest"))
+        # Not by the index: the vectors lie one after the other, and nearly all are asked for.
+        scan = self._db.execute("SELECT id, vector FROM vectors NOT INDEXED WHERE embedder = ?", (embedder,))
+        rows = [row for row in scan if row[0] in refs]
         if not rows:
             return {}
-        matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4").reshape(len(rows), -1)
+        matrix = (
+            np.frombuffer(b"".join([row[1] for row in rows]), dtype="<f2").reshape(len(rows), -1).astype(np.float32)
+        )
         cosines = matrix @ vector
-        order = np.argsort(-cosines, kind="stable")
-        return {rows[row][0]: float(cosines[row]) for row in order}
+        order = np.argsort(-cosines, kind="stable").tolist()
+        values = cosines.tolist()
+        return {refs[rows[row][0]]: values[row] for row in order}
 
     def unsound(self) -> list[str]:
         """What SQLite's own check finds wrong, in its words, or that these are not the tables of an index."""
@@ -321,6 +325,7 @@ def search_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", "".join(letter for letter in plain if not unicodedata.combining(letter)))
 
 
-def _matches(version: Version, words: Iterable[str]) -> bool:
+def _matches(version: Version, words: Iterable[str], every: bool) -> bool:
     held = search_words(" ".join((version.name, version.description, *version.strengths)))
-    return all(any(other.startswith(word) for other in held) for word in words)
+    found = (any(other.startswith(word) for other in held) for word in words)
+    return all(found) if every else any(found)

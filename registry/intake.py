@@ -17,7 +17,7 @@ from typing import Any
 
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
 from xpert.registry.blobs import open_plain
-from xpert.registry.card import CARD_FILE, ExpertCard
+from xpert.registry.card import CARD_FILE, ExpertCard, SkillScore
 from xpert.registry.card_schema import check_card
 from xpert.registry.content import MOST_TEXT, check_content, open_inside
 from xpert.registry.credentials import find_credentials
@@ -122,7 +122,7 @@ def _examine_expert(folder: Path, max_bytes: int, allow_secret_like: bool) -> In
         base=card.base.ref,
         base_fingerprint=card.base.fingerprint,
         description=card.description,
-        skills=tuple(dict.fromkeys((*card.skills, *profile))),
+        skills=tuple(dict.fromkeys((*card.skills, *(skill for skill, score in profile.items() if _is_skill(score))))),
         scores={skill: score.expert.score for skill, score in profile.items()},
         left_out=left_out,
     )
@@ -184,6 +184,11 @@ def _check_secrets(path: Path, text: str) -> None:
             where=str(path),
             hint="take it out and revoke it, or say --allow-secret-like if it is none",
         )
+
+
+def _is_skill(score: SkillScore) -> bool:
+    """Whether a profiled skill is one: better than the base beyond its own interval, or right half of the time."""
+    return score.expert.low > score.base.score or score.expert.score >= 0.5
 
 
 def _check_card(folder: Path, card: ExpertCard, hashes: Mapping[str, str]) -> None:

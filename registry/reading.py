@@ -316,7 +316,7 @@ class ReadableRegistry:
     def _resolve(self, index: Index, ref: Ref) -> Version:
         versions = index.versions(ref.name)
         if not versions:
-            close = nearest(ref.name, index.names())
+            close = _nearest_name(ref.name, index.names())
             hint = f"did you mean {close!r}?" if close else "`xpert registry list` shows what there is"
             raise NotFound(f"nothing is published as {ref.name!r}", where=self.location, hint=hint)
         wanted = ref.version
@@ -334,6 +334,14 @@ class ReadableRegistry:
         raise NotFound(
             f"{ref.name} has no version {wanted}", hint=f"it has {numbers} ({LATEST}: {index.latest(ref.name)})"
         )
+
+
+def _nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """Of a name whose owner is known the nearest of that owner: the owner's letters are no likeness."""
+    owner, _, last = name.partition("/")
+    own = [other.partition("/")[2] for other in known if other.startswith(f"{owner}/")]
+    close = nearest(last, own) if own else None
+    return f"{owner}/{close}" if close else None if own else nearest(name, known)
 
 
 def tags_of(index: Index, name: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from xpert.errors import BadInput
@@ -45,19 +45,37 @@ class Query:
 @dataclass(frozen=True)
 class Hit:
     """A version that a search found. `skill` and `score`: its best skill among those asked for, where it has a profile;
-    `similarity`: the cosine to the request, where an embedder was used."""
+    `similarity`: the cosine to the request, where an embedder was used; `partial`: it holds some of the words only, and
+    nothing holds more."""
 
     version: Version
     skill: str | None = None
     score: float | None = None
     similarity: float | None = None
+    partial: bool = False
 
 
 def find(index: Index, query: Query, vector: NDArray[np.float32] | None, identity: str = "") -> list[Hit]:
     """The hits, best first. `vector` [d] is the request's embedding, compared with the index's of that identity."""
-    words = search_words(query.text)
+    words = tuple(search_words(query.text))
     asked = _skills_meant(index, query) if words else frozenset()
-    by_words = index.search(query.text)
+    found = _find(index, query, words, asked, vector, identity, every=True)
+    if found or len(words) < 2 or index.search(query.text) or index.of_skills(asked):
+        return found  # where something holds the words but does not meet the conditions, nothing less will do
+    return [replace(hit, partial=True) for hit in _find(index, query, words, asked, None, "", every=False)]
+
+
+def _find(
+    index: Index,
+    query: Query,
+    words: tuple[str, ...],
+    asked: frozenset[str],
+    vector: NDArray[np.float32] | None,
+    identity: str,
+    *,
+    every: bool,
+) -> list[Hit]:
+    by_words = index.search(query.text, every=every)
     by_skill = _with_skills(index, asked)
     similarity = index.closest(identity, vector) if vector is not None else {}
 
@@ -139,18 +157,15 @@ def _fused(orders: Sequence[Sequence[str]], kept: Iterable[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _skill_words(skill: str) -> tuple[str, ...]:
-    return tuple(search_words(skill))
+def _named(skill: str, words: tuple[str, ...]) -> bool:
+    """Whether a word of a request begins one of the skill's; a registry has few skills, and many experts of each."""
+    return any(held.startswith(word) for held in search_words(skill) for word in words)
 
 
-def _best_skill(version: Version, words: Sequence[str], asked: frozenset[str]) -> tuple[str | None, float | None]:
+def _best_skill(version: Version, words: tuple[str, ...], asked: frozenset[str]) -> tuple[str | None, float | None]:
     """Of the scored skills that the request names or means, or of all where it names none, the best one."""
     if not version.scores:
         return None, None
-    named = [
-        skill
-        for skill in version.scores
-        if skill in asked or any(held.startswith(word) for held in _skill_words(skill) for word in words)
-    ]
+    named = [skill for skill in version.scores if skill in asked or _named(skill, words)]
     skill = max(named or version.scores, key=lambda name: version.scores[name])
     return skill, version.scores[skill]

@@ -48,6 +48,8 @@ def command(session: Session, registry: Registry, text: Sequence[str], taxonomy:
         progress=session.progress,
         **options,
     )
+    if hits and hits[0].partial:
+        session.progress.say("nothing holds all of these words; what follows holds some of them")
     value = [
         {
             **hit.version.to_dict(),
@@ -55,6 +57,7 @@ def command(session: Session, registry: Registry, text: Sequence[str], taxonomy:
             "skill": hit.skill,
             "score": hit.score,
             "similarity": hit.similarity,
+            "partial": hit.partial,
         }
         for hit in hits
     ]

@@ -222,6 +222,7 @@ def test_search(registry: Registry, expert: Maker, full_text: bool) -> None:
 
     assert found("fren") == {"acme/one@1", "bell/two_verse@1"}
     assert found("french TRANS") == {"acme/one@1"}
+    assert found("french cooking") == {"acme/one@1", "bell/two_verse@1"}  # nothing holds both
     assert found("cafe") == found("CAFÉ") == {"acme/one@1"}
     assert found("verse") == {"bell/two_verse@1"}
     assert found("old") == set() and found("new") == {"acme/three@2"}
@@ -251,3 +252,23 @@ def test_a_newer_registry_is_left_alone(registry: Registry, expert: Maker) -> No
     mark.write_text('{"kind": "registry", "schema": 99}')
     with pytest.raises(BadInput, match="newer xpert"):
         registry.list()
+
+
+def test_profiled_skills_that_are_none(registry: Registry, expert: Maker) -> None:
+    """What a profile finds an expert no better at than its base, and mostly wrong, is not called a skill of it."""
+    scores = {"arithmetic": 0.05, "poetry": 0.12, "chess": 0.3, "go": 0.6}  # the base has 0.1 in each
+    version = registry.publish(expert(skills=("arithmetic",), scores=scores), "acme/a")
+    assert version.skills == ("arithmetic", "chess", "go") and dict(version.scores) == scores
+
+
+def test_the_owner_is_no_likeness(registry: Registry, expert: Maker) -> None:
+    registry.publish(expert("a"), "acme/sums")
+    registry.publish(expert("b", seed=1), "bell/verse")
+    for asked, hint in (
+        ("acme/sms", "did you mean 'acme/sums'?"),
+        ("acme/poetry", "`xpert registry list` shows what there is"),
+        ("bel/verse", "did you mean 'bell/verse'?"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            registry.resolve(asked)
+        assert caught.value.hint == hint
