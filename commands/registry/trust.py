@@ -9,7 +9,7 @@ import click
 from xpert.commands.options import Session, common_options
 from xpert.commands.registry._shared import table
 from xpert.registry.signing.keys import PublicKey
-from xpert.registry.signing.trust import TrustEntry, TrustList, covers, edit_trust, trust_path
+from xpert.registry.signing.trust import TrustEntry, TrustList, edit_trust, trust_path
 
 __all__ = ["command"]
 
@@ -61,8 +61,7 @@ def remove(session: Session, fingerprint: str, owner: str | None) -> None:
         return changed
 
     known = edit_trust(change)
-    bare = [e.pattern for e in gone if not any(o.pattern == e.pattern for o in known.entries)]
-    bare = [p for p in bare if p != "*" and not any(covers(required, p) for required in known.required)]
+    bare = known.freed_by(gone)
     value = {"removed": [{"fingerprint": e.fingerprint, "for": e.pattern} for e in gone], "no_longer_signed": bare}
     text = f"{gone[0].fingerprint} no longer speaks for {', '.join(e.pattern for e in gone)}"
     session.result(value, f"{text}; unsigned versions of {', '.join(bare)} are accepted again" if bare else text)

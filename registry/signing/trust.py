@@ -162,6 +162,11 @@ class TrustList:
         kept = tuple(entry for entry in self.entries if entry not in matching)
         return dataclasses.replace(self, entries=kept), tuple(matching)
 
+    def freed_by(self, gone: Sequence[TrustEntry]) -> list[str]:
+        """The patterns whose last key was among `gone`, so that what is unsigned of them is let through again."""
+        without = [entry.pattern for entry in gone if not any(entry.pattern == other.pattern for other in self.entries)]
+        return [pattern for pattern in without if pattern != "*" and not any(covers(r, pattern) for r in self.required)]
+
     def requiring(self, pattern: str, *, drop: bool = False) -> TrustList:
         """Demands signatures of what a pattern covers, or no longer; raises NotFound where it did not."""
         check_pattern(pattern)
