@@ -234,7 +234,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "the public key": (["sign", "acme/a", "--key", "{key}.pub"], 2, "others may read|the file without .pub"),
     "no such key": (["sign", "acme/a", "--key", "nowhere"], 2, "no such file"),
     "no such version": (["sign", "acme/a@9", "--key", "{key}"], 2, "no version 9"),
-    "no such name": (["sign", "acme/b", "--key", "{key}"], 2, "Did you mean 'acme/a'?"),
+    "no such name": (["sign", "acme/aa", "--key", "{key}"], 2, "Did you mean 'acme/a'?"),
     "a lost trust list": (["pull", "acme/a"], 2, "no such trust list"),
     "a damaged trust list": (["pull", "acme/a"], 2, "not valid JSON"),
 }
