@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 
 @pytest.fixture
 def score(tiny_base: Path) -> Callable[..., Any]:
-    """Scores of `rows` by a scorer: `score("less", rows, shots, **parameters)`; with `explain`, its words too."""
+    """Scores of `rows` by a scorer: `score("less", rows, shots, **parameters)`; with `explain`, its words too.
+
+    In float32, as they are compared to the last digits: `auto` is bfloat16 on processors that multiply in it.
+    """
 
     def score(name: str, rows: Sequence[Row], shots: Sequence[Row], explain: int | None = None, **more: Any) -> Any:
         max_length = more.pop("max_length", 128)
@@ -34,7 +38,8 @@ def score(tiny_base: Path) -> Callable[..., Any]:
             device="cpu",
         )
         plugin = plugins.load("scorer", name)
-        scorer = plugin(plugin.Options.from_mapping({**(QUICK if name == "less" else {}), **more}))
+        exact = {"dtype": "float32"} if "dtype" in {field.name for field in dataclasses.fields(plugin.Options)} else {}
+        scorer = plugin(plugin.Options.from_mapping({**exact, **(QUICK if name == "less" else {}), **more}))
         scorer.prepare(features, features.shots, np.random.default_rng(0))
         found = scorer.score(np.arange(len(rows)))
         return found if explain is None else (found, scorer.explain(explain))

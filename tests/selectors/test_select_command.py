@@ -206,6 +206,7 @@ def test_methods_are_listed_and_explained(xpert: Run) -> None:
     assert [line for line in xpert("methods").stdout.splitlines() if not line.startswith(" ")] == [
         "selectors", "", "scorers (each is a method too, which takes the best rows)", "", "orderers", "",
         "embedders", "", "executors", "", "routers", "", "engines", "", "gates", "", "mergers", "", "decoders",
+        "", "remotes",
     ]  # fmt: skip
     assert {
         member["kind"] for member in json.loads(xpert("methods", "--kind", "router", "--json").stdout)["members"]
