@@ -148,7 +148,7 @@ def main() -> None:
     title = (
         f"{os.cpu_count()} cores ({load}), {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     )
-    text = "\n".join(["# Registry", "", f"`python benchmarks/registry.py` on {title}.", "", *lines, ""])
+    text = "\n".join(["# Registry", "", f"`python benchmarks/registry.py --experts {options.experts}` on {title}.", "", *lines, ""])
     print(text)
     if options.out:
         options.out.write_text(text)
