@@ -148,7 +148,8 @@ def main() -> None:
     title = (
         f"{os.cpu_count()} cores ({load}), {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     )
-    text = "\n".join(["# Registry", "", f"`python benchmarks/registry.py --experts {options.experts}` on {title}.", "", *lines, ""])
+    command = f"python benchmarks/registry.py --experts {options.experts}"
+    text = "\n".join(["# Registry", "", f"`{command}` on {title}.", "", *lines, ""])
     print(text)
     if options.out:
         options.out.write_text(text)
