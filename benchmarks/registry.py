@@ -148,8 +148,8 @@ def main() -> None:
     title = (
         f"{os.cpu_count()} cores ({load}), {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     )
-    command = f"python benchmarks/registry.py --experts {options.experts}"
-    text = "\n".join(["# Registry", "", f"`{command}` on {title}.", "", *lines, ""])
+    made_by = f"python benchmarks/registry.py --experts {options.experts}"
+    text = "\n".join(["# Registry", "", f"`{made_by}` on {title}.", "", *lines, ""])
     print(text)
     if options.out:
         options.out.write_text(text)
