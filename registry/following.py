@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from xpert.errors import Corrupt, NotFound
 from xpert.registry.documents import DocumentName
@@ -50,13 +50,11 @@ def follow(
                     record = records.read(*key)
                     keep_copy(record.document)
                     index.add(record.version)
-        for document in records.documents(one):
-            if document.kind == "tag":
-                with contextlib.suppress(Corrupt, NotFound):
-                    tag = records.read_tag(document)
-                    if tag != index.tag(tag.name, tag.tag):
-                        keep_copy(document)
-                        index.set_tag(tag)
+        for document, mark in _moved_tags(index, records, one):
+            with contextlib.suppress(Corrupt, NotFound):
+                tag = records.read_tag(document)
+                keep_copy(document)
+                index.set_tag(tag, mark)
         if seen is not None and _is_settled(seen):
             index.looked_at(one, seen)
 
@@ -64,13 +62,22 @@ def follow(
 def _differs(index: Index, records: RecordFolder, owner: str) -> bool:
     if records.listing(owner) != index.listing(owner):
         return True
-    for document in records.documents(owner):
-        if document.kind == "tag":
-            with contextlib.suppress(Corrupt, NotFound):
-                tag = records.read_tag(document)
-                if tag != index.tag(tag.name, tag.tag):
-                    return True
+    for document, _ in _moved_tags(index, records, owner):
+        with contextlib.suppress(Corrupt, NotFound):
+            tag = records.read_tag(document)
+            if tag != index.tag(tag.name, tag.tag):
+                return True
     return False
+
+
+def _moved_tags(index: Index, records: RecordFolder, owner: str) -> Iterator[tuple[DocumentName, str]]:
+    """The tags of an owner whose documents are not those that the index has read, with their marks."""
+    known = index.tag_marks(owner)
+    for document in records.documents(owner):
+        if document.kind == "tag" and document.tag is not None:
+            mark = records.mark(document)
+            if known.get((document.name, document.tag)) != mark:
+                yield document, mark
 
 
 def _is_settled(changed: int) -> bool:

@@ -41,6 +41,7 @@ __all__ = ["Index", "NoRoom", "lock_of", "search_words"]
 
 _COLUMNS = "name, version, kind, digest, created, size, base, base_fingerprint, description, skills, scores, uses"
 _FIELDS = _COLUMNS.split(", ")
+_TAG_COLUMNS = "name, tag, version, through, revision, moved"
 
 
 class Index:
@@ -148,9 +149,10 @@ class Index:
         self._db.execute("INSERT OR IGNORE INTO removed VALUES (?, ?)", (name, version))
         self._settle_latest(name)
 
-    def set_tag(self, tag: Tag) -> None:
-        row = (tag.name, tag.tag, tag.version, tag.through, tag.revision, tag.moved)
-        self._db.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?)", row)
+    def set_tag(self, tag: Tag, mark: str) -> None:
+        """`mark` is that of its document (`RecordFolder.mark`): while it stays, the document need not be read again."""
+        row = (tag.name, tag.tag, tag.version, tag.through, tag.revision, tag.moved, mark)
+        self._db.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         self._settle_latest(tag.name)
 
     def forget_all(self) -> None:
@@ -203,13 +205,22 @@ class Index:
         return tag.version if known.fetchone() else int(newest)
 
     def tag(self, name: str, tag: str) -> Tag | None:
-        row = self._db.execute("SELECT * FROM tags WHERE name = ? AND tag = ?", (name, tag)).fetchone()
+        row = self._db.execute(f"SELECT {_TAG_COLUMNS} FROM tags WHERE name = ? AND tag = ?", (name, tag)).fetchone()
         return None if row is None else Tag(*row)
 
     def tags(self, name: str | None = None) -> list[Tag]:
         """All tags, of one name or of all; also those that point nowhere any more."""
         where, given = ("", ()) if name is None else (" WHERE name = ?", (name,))
-        return [Tag(*row) for row in self._db.execute(f"SELECT * FROM tags{where} ORDER BY name, tag", given)]
+        return [
+            Tag(*row) for row in self._db.execute(f"SELECT {_TAG_COLUMNS} FROM tags{where} ORDER BY name, tag", given)
+        ]
+
+    def tag_marks(self, owner: str) -> dict[tuple[str, str], str]:
+        """(name, tag) -> the mark of its document, of all tags of an owner."""
+        rows = self._db.execute(
+            "SELECT name, tag, mark FROM tags WHERE name >= ? AND name < ?", (f"{owner}/", f"{owner}0")
+        )
+        return {(name, tag): mark for name, tag, mark in rows}
 
     def clash(self, name: str) -> str | None:
         """A name that differs from `name`, or whose owner differs from its owner, by case only."""

@@ -49,7 +49,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX versions_latest ON versions (name) WHERE latest;
     CREATE TABLE tags (
         name TEXT NOT NULL, tag TEXT NOT NULL, version INTEGER, through INTEGER NOT NULL, revision INTEGER NOT NULL,
-        moved TEXT NOT NULL, PRIMARY KEY (name, tag)
+        moved TEXT NOT NULL, mark TEXT NOT NULL, PRIMARY KEY (name, tag)
     ) WITHOUT ROWID;
     CREATE TABLE skills (skill TEXT NOT NULL, id INTEGER NOT NULL, PRIMARY KEY (skill, id)) WITHOUT ROWID;
     CREATE TABLE vectors (

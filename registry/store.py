@@ -258,7 +258,7 @@ class Registry(ReadableRegistry):
         revision = known.revision + 1 if known is not None else 1
         moved = Tag(version.name, tag, target, newest, revision, _now())
         self._write(moved.document, document_bytes(moved.to_dict()))
-        index.set_tag(moved)
+        index.set_tag(moved, self.records.mark(moved.document))
 
     def sign(self, ref: str, key: SigningKey) -> Version:
         """Adds a signature to a version, and returns that version. Signing again changes nothing.

@@ -114,3 +114,20 @@ def test_who_dies_while_moving_a_tag_leaves_no_fault(three: Registry, monkeypatc
     three.tag("acme/a@3", "stable")
     three.gc()
     assert three.rebuild().restored == () and three.tags("acme/a")["stable"] == 3
+
+
+def test_tags_that_stay_are_not_read_again(three: Registry, expert: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tag in ("a", "b", "c", "d"):
+        three.tag("acme/a@1", tag)
+    three.list()
+    read: list[str] = []
+    usual = three.records.read_tag
+    monkeypatch.setattr(three.records, "read_tag", lambda document: (read.append(str(document.tag)), usual(document))[1])
+    three.publish(expert("e4", seed=4), "acme/a", tags=("e",))
+    three.list()
+    assert read == []
+    other = Registry(three.folder)  # another process, as far as the index is concerned
+    other.tag("acme/a@2", "b")
+    (three.folder / "records/acme/a@c.tag.json").touch()  # written anew with the same content
+    assert three.tags("acme/a")["b"] == 2 and three.tags("acme/a")["c"] == 1
+    assert set(read) <= {"c"}
