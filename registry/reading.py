@@ -200,6 +200,8 @@ class ReadableRegistry:
         where it names none. Raises BadInput for an embedder without a text.
         """
         query = Query(text, base=base, kind=kind, min_score=min_score, limit=limit, taxonomy=taxonomy)
+        if min_score is not None and min_score != min_score:
+            raise BadInput("min-score is not a number", hint="write one from 0 to 1")
         if embedder is not None and not text.strip():
             raise BadInput("nothing is asked that an embedder could compare", hint="give words, or leave it out")
         if embedder is None:

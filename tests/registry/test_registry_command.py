@@ -48,6 +48,8 @@ def test_a_search_that_cannot_find_says_why(xpert: Run, expert: Maker) -> None:
     assert xpert("registry", "search", "poetry", "--base", "tiny").stdout == "nothing found\n"
     of_no_base = xpert("registry", "search", "--base", "tinny").stdout
     assert of_no_base == "nothing found: no expert is of the base 'tinny'. There are those of tiny (tiny-fingerp)\n"
+    none = xpert("registry", "search", "--min-score", "nan")
+    assert none.exit_code == 2 and "min-score is not a number" in none.stderr
     hundredths = xpert("registry", "search", "--min-score", "50")
     assert hundredths.exit_code == 2 and "50.0 is not in the range 0<=x<=1" in hundredths.stderr
 
