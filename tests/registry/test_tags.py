@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from xpert.errors import BadInput, NotFound
-from xpert.registry.documents import parse_document
+from xpert.registry.documents import DocumentName, Tag, parse_document
 from xpert.registry.store import Registry
 
 Maker = Callable[..., Path]
@@ -122,7 +122,12 @@ def test_tags_that_stay_are_not_read_again(three: Registry, expert: Maker, monke
     three.list()
     read: list[str] = []
     usual = three.records.read_tag
-    monkeypatch.setattr(three.records, "read_tag", lambda document: (read.append(str(document.tag)), usual(document))[1])
+
+    def counted(document: DocumentName) -> Tag:
+        read.append(str(document.tag))
+        return usual(document)
+
+    monkeypatch.setattr(three.records, "read_tag", counted)
     three.publish(expert("e4", seed=4), "acme/a", tags=("e",))
     three.list()
     assert read == []
