@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,10 +68,13 @@ def import_adapter(
     registry: Registry,
     told: Told | None = None,
     *,
+    tags: Sequence[str] = (),
     max_gib: float = MAX_GIB,
+    allow_secret_like: bool = False,
     progress: Progress = SILENT,
 ) -> Imported:
-    """Publishes the adapter at `source` (a folder, or `hf:OWNER/NAME[@REVISION]`) as the next version of `name`.
+    """Publishes the adapter at `source` (a folder, or `hf:OWNER/NAME[@REVISION]`) as the next version of `name`, and
+    moves `tags` to it.
 
     The weights are copied byte for byte; the same adapter with the same words is published once. Raises BadInput for
     what cannot be served, Unavailable where its base is not on this machine. Cost: base and adapter are hashed, and
@@ -87,7 +90,9 @@ def import_adapter(
         folder = Path(scratch) / name.rpartition("/")[2]
         folder.mkdir()
         card, warnings = write_imported(folder, found, told, progress=progress)
-        version = registry.publish(folder, name, max_gib=max_gib, progress=progress)
+        version = registry.publish(
+            folder, name, tags=tags, max_gib=max_gib, allow_secret_like=allow_secret_like, progress=progress
+        )
     return Imported(version, card, warnings, found.beside)
 
 

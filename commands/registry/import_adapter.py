@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -39,6 +40,10 @@ __all__ = ["command"]
     metavar="GIB",
     help="Refuse an adapter larger than this.",
 )
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated.")
+@click.option(
+    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
+)
 @registry_options
 def command(
     session: Session,
@@ -51,6 +56,8 @@ def command(
     licence: str | None,
     exemplars: Path | None,
     max_size: float,
+    tags: Sequence[str],
+    allow_secret_like: bool,
 ) -> None:
     """Publish a LoRA adapter made elsewhere as an expert.
 
@@ -63,7 +70,16 @@ def command(
 
     names = None if skills is None else tuple(skill.strip() for skill in skills.split(",") if skill.strip())
     told = Told(base, description, names, licence, exemplars)
-    made = import_adapter(source, name, registry, told, max_gib=max_size, progress=session.progress)
+    made = import_adapter(
+        source,
+        name,
+        registry,
+        told,
+        tags=tags,
+        max_gib=max_size,
+        allow_secret_like=allow_secret_like,
+        progress=session.progress,
+    )
     version, card = made.version, made.card
     lines = [
         f"{'already ' if version.repeated else ''}published {version.ref}: rank {card.adapter['rank']}, "

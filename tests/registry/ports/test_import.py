@@ -132,6 +132,24 @@ def test_the_same_adapter_is_published_once(adapter: Path, registry: Registry) -
     assert changed.version.version == 2
 
 
+def test_tags_and_what_looks_like_a_secret(adapter: Path, registry: Registry, xpert: Callable[..., Result]) -> None:
+    words = [
+        "import",
+        adapter,
+        "--name",
+        "me/a",
+        "--description",
+        "Reads hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNmPoIuYtRe",
+        "--tag",
+        "stable",
+    ]
+    refused = xpert("registry", *words, "--registry", registry.folder)
+    assert refused.exit_code == 2 and "--allow-secret-like" in refused.stderr and "QwErTy" not in refused.stderr
+    made = xpert("registry", *words, "--allow-secret-like", "--registry", registry.folder)
+    assert made.exit_code == 0, made.stderr
+    assert registry.tags("me/a") == {"latest": 1, "stable": 1}
+
+
 def test_what_lies_beside_is_never_opened(adapter: Path, registry: Registry, xpert: Callable[..., Result]) -> None:
     os.mkfifo(adapter / "optimizer.pt")  # whoever opens it waits for ever
     (adapter / "training_args.bin").symlink_to("/nowhere")
