@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from xpert.progress import Progress
 from xpert.registry.blobs import BlobStore
 from xpert.registry.content import check_stored
 from xpert.registry.versions import Record
-from xpert.storage import cache_folder, disk_errors, draft_folder, hash_file
+from xpert.storage import cache_folder, disk_errors, draft_folder, exclusive, hash_file
 
 __all__ = ["check_out", "check_out_to_cache"]
 
@@ -31,7 +28,8 @@ def check_out_to_cache(blobs: BlobStore, record: Record, progress: Progress) -> 
     target = cache_folder() / "experts" / record.version.digest
     if is_sound(target, record):
         return target
-    with disk_errors(target), _alone(target):
+    # Another process that makes this folder would remove what this one is about to hand out.
+    with disk_errors(target), exclusive(target.parent.parent / "locks" / target.name):
         if is_sound(target, record):  # another process has made it meanwhile
             return target
         if target.exists():
@@ -40,16 +38,6 @@ def check_out_to_cache(blobs: BlobStore, record: Record, progress: Progress) -> 
             target.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
         return check_out(blobs, record, target)
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """No other process makes this folder meanwhile: it would remove what this one is about to hand out."""
-    locks = target.parent.parent / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / target.name).open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def is_sound(folder: Path, record: Record) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from xpert.errors import BadInput, Corrupt, Unavailable
+from xpert.storage import exclusive
 
 __all__ = [
     "MIGRATIONS",
@@ -109,23 +108,13 @@ def alone(lock: Path | None) -> Iterator[None]:
 
     SQLite's own lock belongs to a file: where that is removed or exchanged, two writers would each hold one.
     """
-    if lock is None:
-        yield
-        return
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        end = time.monotonic() + WAIT_SECONDS
-        while True:
+    with ExitStack() as held:
+        if lock is not None:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise _locked(lock) from None
-                time.sleep(0.005)
+                held.enter_context(exclusive(lock, wait_seconds=WAIT_SECONDS))
+            except TimeoutError:
+                raise _locked(lock) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def identity(path: Path) -> tuple[int, int] | None:

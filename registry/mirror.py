@@ -13,7 +13,6 @@ since that may take long; the number is given out by the place, which takes the 
 from __future__ import annotations
 
 import builtins
-import fcntl
 import functools
 import hashlib
 import json
@@ -45,7 +44,7 @@ from xpert.registry.signing.signatures import SignatureList
 from xpert.registry.soundness import Problem, check_documents, check_index
 from xpert.registry.store import INDEX, MARK, Details, Garbage, Registry
 from xpert.registry.versions import Record, StoredFile, Version
-from xpert.storage import cache_folder, disk_errors, read_json, write_file, write_json
+from xpert.storage import cache_folder, disk_errors, exclusive, read_json, write_file, write_json
 
 __all__ = ["OFFLINE", "RemoteRegistry"]
 
@@ -369,7 +368,7 @@ class RemoteRegistry(Registry):
             self._synced = time.monotonic()
 
     def _take_in(self, listing: Mapping[str, str]) -> None:
-        with disk_errors(self.folder), self._alone():
+        with disk_errors(self.folder), exclusive(self.folder / "sync.lock"):  # one process syncs at a time
             if not (self.folder / MARK).is_file():
                 write_json(self.folder / MARK, {"kind": "registry", "schema": SCHEMA, "mirror_of": self.location})
             marks, named = self._marks(), _named(listing)
@@ -423,14 +422,6 @@ class RemoteRegistry(Registry):
         except (NotFound, Corrupt):
             return {}
         return found if isinstance(found, dict) else {}
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process syncs this mirror meanwhile."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "sync.lock").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
 
 
 class _MirrorRecords(RecordFolder):

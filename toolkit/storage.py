@@ -27,6 +27,7 @@ __all__ = [
     "disk_errors",
     "disk_is_full",
     "draft_folder",
+    "exclusive",
     "hash_file",
     "hash_json",
     "hash_texts",
@@ -93,6 +94,35 @@ def check_output(target: Path, *, replace: bool = False) -> None:
         taken = target.exists()
     if taken and not replace:
         raise BadInput("the output exists already", where=str(target), hint="choose another -o, or remove it")
+
+
+@contextmanager
+def exclusive(lock: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
+    """No other process or thread holds this lock meanwhile; it is a file of its own, which stays.
+
+    A link in its place is not followed. Raises TimeoutError where others hold it for longer than `wait_seconds`;
+    without a limit it waits.
+    """
+    import fcntl
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        if wait_seconds is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            end = time.monotonic() + wait_seconds
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"{lock} stays locked") from None
+                    time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

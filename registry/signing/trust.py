@@ -10,12 +10,10 @@ where no key speaks for it.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from xpert.registry.signing.keys import PublicKey, check_comment
 from xpert.registry.signing.signatures import KEY_BYTES, Signature, decode, fingerprint, verify
 from xpert.registry.strict_json import parse_json
 from xpert.registry.versions import Record
-from xpert.storage import config_folder, disk_errors, write_json
+from xpert.storage import config_folder, disk_errors, exclusive, write_json
 
 __all__ = [
     "TrustEntry",
@@ -247,18 +245,10 @@ def trust_path() -> Path:
 def edit_trust(change: Callable[[TrustList], TrustList]) -> TrustList:
     """Changes the user's list, one process after the other, and returns the new one."""
     path = trust_path()
-    with disk_errors(path), _alone(path):
+    with disk_errors(path), exclusive(path.with_name(f".{path.name}.lock")):
         changed = change(TrustList.read(path) if path.exists() else TrustList())
         write_json(path, changed.to_dict())
     return changed
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def _found(signatures: Sequence[Signature]) -> str:
