@@ -13,7 +13,7 @@ from xpert.commands.options import Session, common_options
 from xpert.printable import printable
 from xpert.registry.card import Interval
 from xpert.registry.opening import open_registry
-from xpert.registry.store import Registry, Version
+from xpert.registry.store import MAX_GIB, Registry, Version
 
 __all__ = ["interval", "numbers_shown", "passphrase_option", "registry_options", "size_shown", "skills_shown", "table"]
 
@@ -33,6 +33,29 @@ def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="URL",
         help="A folder, or a URL such as s3://BUCKET/FOLDER.  [default: $XPERT_REGISTRY, or the user's data folder]",
     )(common_options(told))
+
+
+def entry_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What every way into a registry takes: --max-size, --tag and --allow-secret-like, as `max_size`, `tags` and
+    `allow_secret_like`."""
+    for option in (
+        click.option(
+            "--allow-secret-like",
+            is_flag=True,
+            help="Publish texts in which something looks like a token, key or password.",
+        ),
+        click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated."),
+        click.option(
+            "--max-size",
+            type=click.FloatRange(0, min_open=True),
+            default=MAX_GIB,
+            show_default=True,
+            metavar="GIB",
+            help="Refuse an expert larger than this.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def passphrase_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from xpert.commands.options import Session
-from xpert.commands.registry._shared import registry_options
+from xpert.commands.registry._shared import entry_options, registry_options
 from xpert.printable import printable
-from xpert.registry.store import MAX_GIB, Registry
+from xpert.registry.store import Registry
 
 __all__ = ["command"]
 
@@ -32,18 +32,7 @@ __all__ = ["command"]
     metavar="FILE",
     help="Prompts of what it is for, by which routers find it; 64 at most are kept.",
 )
-@click.option(
-    "--max-size",
-    type=click.FloatRange(0, min_open=True),
-    default=MAX_GIB,
-    show_default=True,
-    metavar="GIB",
-    help="Refuse an adapter larger than this.",
-)
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated.")
-@click.option(
-    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
-)
+@entry_options
 @registry_options
 def command(
     session: Session,

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from xpert.commands.options import Session
-from xpert.commands.registry._shared import passphrase_option, registry_options
+from xpert.commands.registry._shared import entry_options, passphrase_option, registry_options
 from xpert.errors import BadInput
 from xpert.registry.signing.keys import ENVIRONMENT, SigningKey, passphrase_from
-from xpert.registry.store import MAX_GIB, Registry
+from xpert.registry.store import Registry
 
 __all__ = ["command"]
 
@@ -19,18 +19,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="EXPERT|MIXTURE")
 @click.option("--name", required=True, metavar="OWNER/NAME", help="The name to publish under.")
-@click.option(
-    "--max-size",
-    type=click.FloatRange(0, min_open=True),
-    default=MAX_GIB,
-    show_default=True,
-    metavar="GIB",
-    help="Refuse an expert larger than this.",
-)
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Also move this tag to it; may be repeated.")
-@click.option(
-    "--allow-secret-like", is_flag=True, help="Publish texts in which something looks like a token, key or password."
-)
+@entry_options
 @click.option("--no-latest", is_flag=True, help="Leave the tag `latest` where it is.")
 @click.option(
     "--sign",
