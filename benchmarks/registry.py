@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,9 +134,9 @@ def main() -> None:
         row(f"search `french chess law` among {options.entries:,}", *timed(lambda: large.search("french chess law"), 7))
         taxonomy = Taxonomy.builtin()
         row("the same with the taxonomy", *timed(lambda: large.search("french", taxonomy=taxonomy), 7))
-        reading.open_fixed_embedder = lambda spec, device: Noise()  # type: ignore[assignment,return-value]
-        row("keep 10,000 vectors", *timed(lambda: large.search("french", embedder="noise")))
-        row("search `french` by words and by meaning", *timed(lambda: large.search("french", embedder="noise"), 7))
+        with mock.patch.object(reading, "open_fixed_embedder", lambda spec, device: Noise()):
+            row("keep 10,000 vectors", *timed(lambda: large.search("french", embedder="noise")))
+            row("search `french` by words and by meaning", *timed(lambda: large.search("french", embedder="noise"), 7))
         row("rebuild all names and the index from the blobs", *timed(large.rebuild))
         row("resolve one name", *timed(lambda: large.resolve("acme/first"), 7))
         row("publish one more", *timed(lambda: large.publish(folders[1], "acme/first")))

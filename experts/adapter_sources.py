@@ -182,7 +182,7 @@ def _listing(
             where=spec,
             hint="check the name; a private one needs `hf auth login`",
         ) from None
-    except Exception as error:
+    except Exception as error:  # the errors of httpx, requests and sockets have no base of their own
         if not _unreachable(error):
             raise
         progress.say(f"The Hugging Face Hub is not reachable; looking for {name} in its cache on this machine.")
@@ -215,7 +215,7 @@ def _snapshot(name: str, revision: str | None, inner: str, spec: str, *, offline
     }
     try:
         return Path(snapshot_download(name, **given))
-    except Exception as error:
+    except Exception as error:  # as above; what is none of them is raised again
         if not (_unreachable(error) or isinstance(error, hub.LocalEntryNotFoundError)):
             raise
         raise Unavailable(

@@ -73,7 +73,7 @@ def _validator() -> Validator:
 
     # A card that was not written yet holds tuples where its file holds lists.
     types = Draft202012Validator.TYPE_CHECKER.redefine("array", lambda checker, item: isinstance(item, list | tuple))
-    kind = extend(Draft202012Validator, type_checker=types)  # type: ignore[no-untyped-call]  # it has no types
+    kind = extend(Draft202012Validator, type_checker=types)  # type: ignore[no-untyped-call]  # jsonschema has no types for it
     made: Validator = kind(card_schema())
     return made
 

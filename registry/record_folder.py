@@ -202,7 +202,7 @@ def _link(draft: Path, target: Path) -> None:
     # A hard link appears whole and never replaces a file, which neither a rename nor O_EXCL gives alone.
     try:
         os.link(draft, target)
-    except (PermissionError, NotImplementedError) as error:
+    except (PermissionError, NotImplementedError) as error:  # what file systems without hard links say (EPERM)
         raise Unavailable(
             f"the record could not be linked ({error})",
             where=str(target),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,14 +107,17 @@ def sureness(points: Floats) -> Sureness:
     return Sureness(low, high, place_low, place_high, first, len(points))
 
 
-def _middle(values: Floats, low: str, high: str) -> tuple[Floats, Floats]:
+_Method = Literal["linear", "lower", "higher"]
+
+
+def _middle(values: Floats, low: _Method, high: _Method) -> tuple[Floats, Floats]:
     """The 2.5 % and 97.5 % quantiles over the draws that say something; NaN where none does."""
     bounds = np.full((2, values.shape[1]), np.nan)
     for system, column in enumerate(values.T):
         known = column[np.isfinite(column)]
         if len(known):
-            bounds[0, system] = np.quantile(known, 0.025, method=low)  # type: ignore[call-overload]
-            bounds[1, system] = np.quantile(known, 0.975, method=high)  # type: ignore[call-overload]
+            bounds[0, system] = np.quantile(known, 0.025, method=low)
+            bounds[1, system] = np.quantile(known, 0.975, method=high)
     return bounds[0], bounds[1]
 
 

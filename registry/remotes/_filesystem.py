@@ -280,7 +280,7 @@ class Filesystem:
                 where=self.location,
                 hint=f"`pip install {package}`",
             ) from None
-        except Exception as error:
+        except Exception as error:  # as in `_try`; what no client is known to raise comes out as it was
             raise _told(error, self.location) from None
 
 

@@ -66,7 +66,7 @@ class HubClient:
             yield
         except (XpertError, FileExistsError, Moved):
             raise
-        except Exception as error:
+        except Exception as error:  # the client's, httpx's and sockets' have no common base; others are raised again
             ours = translated(error, where or self.where)
             if ours is None:
                 raise
@@ -77,7 +77,7 @@ class HubClient:
         for wait in WAITS:
             try:
                 return call(*arguments, **settings)
-            except Exception as error:
+            except Exception as error:  # as in `errors`: what does not pass is raised again
                 if not passing(error):
                     raise
                 time.sleep(wait)
@@ -163,7 +163,7 @@ class HubClient:
                 made = self.api.create_commit(
                     repository, list(operations), commit_message=title, parent_commit=parent, num_threads=8
                 )
-            except Exception as error:
+            except Exception as error:  # as in `errors`: what has another status, or none, is raised again
                 if status_of(error) in (409, 412):
                     raise Moved from None
                 raise
@@ -201,7 +201,7 @@ class Stretch:
                 while len(found) < end - start and (data := self._some(end - start - len(found))):
                     found += data
                 return bytes(found)
-            except Exception as error:
+            except Exception as error:  # as in `errors`: what does not pass is raised again
                 self.close()
                 if wait is None or not passing(error):
                     raise
