@@ -10,6 +10,12 @@ With a token gate (schema 2) also
 
      "gate": {"name": "arrow", "params": {...}, "file": "./gate.safetensors" or null, "fingerprint": sha256 or null}
 
+and, where any of these is there (schema 3),
+
+     "router_state": {"file": "./router.safetensors", "fingerprint": sha256},        what `xpert router train` learned
+     "calibration": {"scores": [...], "chances": [...], "reject_below": 0.3, ...},     of `xpert router calibrate`
+     "aggregator": {"name": "majority", "params": {...}}
+
 A path begins with `/` or `.`; one that lies beside or below the mixture file is written relative to it, so that the
 folder can be moved. Nothing here imports torch.
 """
@@ -27,16 +33,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound, nearest
+from xpert.experts.calibration import Calibration
+from xpert.experts.routable import routable_expert
 from xpert.protocols import RoutableExpert
-from xpert.registry.card import CARD_FILE, EXEMPLARS_FILE, BaseModel, ExpertCard
+from xpert.registry.card import CARD_FILE, BaseModel, ExpertCard
 from xpert.storage import check_output, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
     from xpert.registry.versions import Version
 
-__all__ = ["BASE", "GateChoice", "Mixture", "MixtureExpert", "assemble", "load_mixture", "open_expert", "write_mixture"]
+__all__ = [
+    "BASE",
+    "AggregatorChoice",
+    "GateChoice",
+    "Mixture",
+    "MixtureExpert",
+    "StateFile",
+    "aggregator_options",
+    "assemble",
+    "load_mixture",
+    "open_expert",
+    "write_mixture",
+]
 
-SCHEMA = 2
+SCHEMA = 3
 _MOST_BYTES = 16 << 20  # of a mixture's file
 MIXTURE_FILE = "mixture.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -77,23 +97,8 @@ class MixtureExpert:
         return ExpertCard.read(self.folder)
 
     def routable(self) -> RoutableExpert:
-        """What routers may know. Of the training rows only those of the expert's own skills stand for it."""
-        lines = _read_exemplars(self.folder / EXEMPLARS_FILE)
-        shot_skills = {str(line["skill"]) for line in lines if line.get("kind") == "shot" and line.get("skill")}
-        own = set(self.card.skills) or shot_skills
-        kept = [
-            line
-            for line in lines
-            if line.get("kind") == "shot" or not own or not line.get("skill") or line["skill"] in own
-        ]
-        profile = self.card.profile
-        return RoutableExpert(
-            key=self.key,
-            exemplars=tuple(line["prompt"] for line in kept),
-            skills=tuple(sorted(own)),
-            skill_scores={s: score.expert.score for s, score in profile.skills.items()} if profile else {},
-            exemplar_skills=tuple(line.get("skill") or "" for line in kept),
-        )
+        """What routers may know of it."""
+        return routable_expert(self.key, self.folder, self.card)
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,37 @@ class GateChoice:
 
 
 @dataclass(frozen=True)
+class StateFile:
+    """The file of what a router has learned, and its sha256."""
+
+    file: Path = field(compare=False)
+    fingerprint: str
+
+    def to_dict(self, *, anchor: Path) -> dict[str, Any]:
+        return {"file": _portable(str(self.file.resolve()), anchor), "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class AggregatorChoice:
+    """Makes one reply of the replies of all experts that a prompt is routed to; each then answers by itself."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        aggregator_options(self.name, self.params)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "params": dict(self.params)}
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Experts of one base and their router; all folders are at hand and checked.
 
     Behind a `gate`, the router names the experts that a prompt may use, and the gate weighs them token by token.
+    `router_state` is what a learned router knows; `calibration` turns its scores into chances, and may send prompts
+    with too low a chance to the base. With an `aggregator`, each expert of a route answers by itself.
     """
 
     name: str
@@ -132,6 +164,9 @@ class Mixture:
     recruited: Sequence[Mapping[str, Any]] = ()
     created: str = ""
     gate: GateChoice | None = None
+    router_state: StateFile | None = None
+    calibration: Calibration | None = None
+    aggregator: AggregatorChoice | None = None
 
     def __post_init__(self) -> None:
         counts = Counter(expert.key for expert in self.experts)
@@ -150,8 +185,7 @@ class Mixture:
         """The content of a mixture file that will lie in the folder `anchor`."""
         return {
             "kind": "mixture",
-            # What an older xpert can read stays readable to it; a gate that it would pass over does not.
-            "schema": 1 if self.gate is None else SCHEMA,
+            "schema": self._schema,
             "name": self.name,
             "base": asdict(self.base),
             "registry": self.registry and _portable(self.registry, anchor),
@@ -169,7 +203,22 @@ class Mixture:
             "recruited": [dict(line) for line in self.recruited],
             "created": self.created,
             **({"gate": self.gate.to_dict(anchor=anchor)} if self.gate is not None else {}),
+            **({"router_state": self.router_state.to_dict(anchor=anchor)} if self.router_state is not None else {}),
+            **({"calibration": self.calibration.to_dict()} if self.calibration is not None else {}),
+            **({"aggregator": self.aggregator.to_dict()} if self.aggregator is not None else {}),
         }
+
+    @property
+    def _schema(self) -> int:
+        """What an older xpert can read stays readable to it; what it would pass over does not."""
+        if (self.router_state, self.calibration, self.aggregator) != (None, None, None):
+            return SCHEMA
+        return 1 if self.gate is None else 2
+
+
+def aggregator_options(aggregator: str, params: Mapping[str, Any]) -> Any:
+    """The aggregator's options, checked; raises BadInput naming an unknown aggregator or parameter."""
+    return plugins.load("aggregator", aggregator).Options.from_mapping(params, where=f"aggregator {aggregator}")
 
 
 def gate_options(gate: str, params: Mapping[str, Any]) -> Any:
@@ -214,6 +263,7 @@ def assemble(
     base: BaseModel | None = None,
     recruited: Sequence[Mapping[str, Any]] = (),
     gate: GateChoice | None = None,
+    aggregator: AggregatorChoice | None = None,
 ) -> Mixture:
     """A mixture of experts of one base; raises BadInput naming two experts whose bases differ."""
     if not experts:
@@ -229,6 +279,7 @@ def assemble(
         recruited=recruited,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         gate=gate,
+        aggregator=aggregator,
     )
 
 
@@ -288,6 +339,9 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         router, params = str(value["router"]), dict(value.get("router_params", {}))
         recruited, created = tuple(value.get("recruited", ())), str(value.get("created", ""))
         gate = _gate(value.get("gate"), anchor, where)
+        state = _state(value.get("router_state"), anchor, where)
+        calibration = Calibration.from_dict(value["calibration"]) if value.get("calibration") else None
+        aggregator = _aggregator(value.get("aggregator"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"the mixture is damaged: {error!r}", where=where) from None
     recorded = value.get("registry")
@@ -302,17 +356,32 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
     _check_one_base(experts, base)
     located = store.location if store else recorded
     called = name or str(value.get("name") or path.stem)
-    return Mixture(called, base, tuple(experts), router, params, located, recruited, created, gate)
+    return Mixture(
+        called,
+        base,
+        tuple(experts),
+        router,
+        params,
+        located,
+        recruited,
+        created,
+        gate,
+        router_state=state,
+        calibration=calibration,
+        aggregator=aggregator,
+    )
 
 
 def _check_inside(value: Mapping[str, Any], where: str) -> None:
     """A registered mixture refers to registered experts and its own files, and to nothing else on this machine."""
-    gate, experts = value.get("gate"), value["experts"]
+    experts = value["experts"]
     entries = experts if isinstance(experts, list) else [None]
     refs = [entry.get("ref") if isinstance(entry, dict) else None for entry in entries]
-    file = gate.get("file") if isinstance(gate, dict) else None
-    if file is not None and (not isinstance(file, str) or Path(file).name != file.removeprefix("./")):
-        raise Corrupt(f"its gate is a file outside of its folder: {file!r}", where=where)
+    for name in ("gate", "router_state"):
+        part = value.get(name)
+        file = part.get("file") if isinstance(part, dict) else None
+        if file is not None and (not isinstance(file, str) or Path(file).name != file.removeprefix("./")):
+            raise Corrupt(f"its {name} is a file outside of its folder: {file!r}", where=where)
     for ref in refs:
         if not isinstance(ref, str) or _is_path(ref):
             raise Corrupt(f"refers to {ref!r}, which is no registered expert", where=where)
@@ -321,14 +390,26 @@ def _check_inside(value: Mapping[str, Any], where: str) -> None:
 def _gate(value: Any, anchor: Path, where: str) -> GateChoice | None:
     if value is None:
         return None
-    file = anchor / value["file"] if value.get("file") else None
-    fingerprint = value.get("fingerprint")
-    if file is not None:
-        if not file.is_file():
-            raise NotFound(f"the gate's file {value['file']} is not here", where=where)
-        if hash_file(file) != fingerprint:
-            raise Corrupt(f"the gate's file {value['file']} is not the one that was trained", where=where)
-    return GateChoice(str(value["name"]), dict(value.get("params") or {}), file, fingerprint)
+    file = _trained(value, anchor, "gate", where) if value.get("file") else None
+    return GateChoice(str(value["name"]), dict(value.get("params") or {}), file, value.get("fingerprint"))
+
+
+def _state(value: Any, anchor: Path, where: str) -> StateFile | None:
+    return StateFile(_trained(value, anchor, "router", where), str(value["fingerprint"])) if value is not None else None
+
+
+def _aggregator(value: Any) -> AggregatorChoice | None:
+    return AggregatorChoice(str(value["name"]), dict(value.get("params") or {})) if value is not None else None
+
+
+def _trained(value: Mapping[str, Any], anchor: Path, what: str, where: str) -> Path:
+    """The file that a part of a mixture names; raises NotFound or Corrupt where it is not the one."""
+    file = anchor / str(value["file"])
+    if not file.is_file():
+        raise NotFound(f"the {what}'s file {value['file']} is not here", where=where)
+    if hash_file(file) != value.get("fingerprint"):
+        raise Corrupt(f"the {what}'s file {value['file']} is not the one that was trained", where=where)
+    return file
 
 
 def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | None, where: str) -> None:
@@ -411,21 +492,6 @@ def _may_be_mixture(path: Path) -> bool:
     if path.is_dir():
         return (path / CARD_FILE).is_file() or (path / MIXTURE_FILE).is_file()
     return path.suffix == ".json" and (_try_read(path) or {}).get("kind") == "mixture"
-
-
-def _read_exemplars(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line["prompt"], str):
-                raise TypeError("prompt is not text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise Corrupt(f"line {number} is no exemplar: {error!r}", where=str(path)) from None
-        lines.append(line)
-    return lines
 
 
 def _is_path(ref: str) -> bool:

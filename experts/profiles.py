@@ -29,7 +29,7 @@ from xpert.registry.card import ExpertCard, SkillProfile, SkillScore
 from xpert.registry.model_card import model_card
 from xpert.storage import hash_file, write_file
 
-__all__ = ["Profiled", "Views", "as_profile", "keyword_votes", "profile_expert", "write_profile"]
+__all__ = ["Profiled", "Views", "as_profile", "profile_expert", "write_profile"]
 
 EXPERT = "expert"
 MODEL_CARD = "README.md"
@@ -151,20 +151,6 @@ def write_profile(folder: Path, profile: SkillProfile, found: Evaluation, *, on_
     write_file(folder / MODEL_CARD, model_card(card, on_hub=on_hub))
     drawn = {name: hash_file(folder / name) for name in (MODEL_CARD, REPORT_FILE)}
     dataclasses.replace(card, files={**card.files, **drawn}).write(folder)
-
-
-def keyword_votes(profile: SkillProfile) -> dict[str, tuple[float, float]]:
-    """keyword -> (right, wrong) of the expert. Symbolic-MoE's profile of a keyword is right - wrong.
-
-    The two add up to the keyword's items. They are whole numbers where the metric gives right or wrong; where it gives
-    credit in part, an item counts as right by its score and as wrong by the rest.
-    """
-    votes = {}
-    for keyword, score in profile.keywords.items():
-        n = score.expert.n
-        right = round(score.expert.score * n, 9)  # the mean of n whole numbers, times n, but for rounding
-        votes[keyword] = (right, round(n - right, 9))
-    return votes
 
 
 def _answer(

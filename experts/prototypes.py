@@ -11,21 +11,21 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xpert.clustering import cluster, different_rows
 from xpert.embedding import FittedEmbedder, ShardedEmbedder, open_embedder
-from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.errors import BadInput, NotFound
 from xpert.experts.mixture import open_expert
+from xpert.experts.prototype_file import read_prototypes
 from xpert.experts.spending import in_all, spent_of
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Floats
 from xpert.registry.card import ExpertCard, Prototypes
 from xpert.storage import hash_file, write_file
 
-__all__ = ["PROTOTYPES_FILE", "FixedSpace", "add_prototypes", "centroids_of", "open_space", "read_prototypes"]
+__all__ = ["PROTOTYPES_FILE", "FixedSpace", "add_prototypes", "centroids_of", "open_space"]
 
 PROTOTYPES_FILE = "prototypes.safetensors"
 """Identity of an embedder -> its tensor [centroids, dimensions] float32."""
@@ -138,30 +138,6 @@ def centroids_of(
         counts=tuple(counts),
     )
     return stacked, entry
-
-
-def read_prototypes(folder: Path, part: Prototypes) -> Floats:
-    """The centroids [labels, dimensions] of an entry of the card. Raises Corrupt where they are not as it says."""
-    found: Floats | None = _tensors(folder / part.file).get(part.tensor)
-    if found is None or found.shape != (len(part.labels), part.dimensions) or found.dtype != np.float32:
-        raise Corrupt(
-            f"holds no prototypes of {part.embedder!r} as the card describes them",
-            where=str(folder / part.file),
-            hint="make them again with `xpert prototypes`",
-        )
-    return found
-
-
-def _tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    if not path.is_file():
-        return {}
-    try:
-        return dict(load(path.read_bytes()))
-    except SafetensorError as error:
-        raise Corrupt(f"not a sound safetensors file: {error}", where=str(path)) from None
 
 
 def _other_tensors(folder: Path, card: ExpertCard, part: Prototypes) -> dict[str, Floats]:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from xpert import plugins
+from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture, router_options
-from xpert.protocols import Route, Router, RouteRequest
+from xpert.experts.router_state import read_router_state
+from xpert.protocols import Escalation, Route, Router, RouteRequest
 from xpert.records import Row
 
-__all__ = ["MixtureRouter", "explain", "route_request"]
+__all__ = ["MixtureRouter", "explain", "open_router", "route_request"]
 
 
 class MixtureRouter:
@@ -22,13 +24,17 @@ class MixtureRouter:
         options = router_options(mixture.router, mixture.router_params)
         if getattr(options, "base", "") is None:  # a router that can use the base model is told which one it is
             options = dataclasses.replace(options, base=mixture.base.ref)
-        self.router: Router = plugins.load("router", mixture.router)(options, seed=seed, device=device)
+        self.router: Router = open_router(mixture, options, seed=seed, device=device)
         self.router.prepare([expert.routable() for expert in mixture.experts])
+        self._calibration = mixture.calibration
         self._gate = mixture.gate.name if mixture.gate is not None else None
         self._weight = {expert.key: expert.weight for expert in mixture.experts}
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        return [self._weighted(route) for route in self.router.route(requests)]
+        routes = self.router.route(requests)
+        if self._calibration is not None:
+            routes = [self._calibration.applied(route) for route in routes]
+        return [self._weighted(route) for route in routes]
 
     def _weighted(self, route: Route) -> Route:
         if self._gate is not None and route.experts:
@@ -39,6 +45,22 @@ class MixtureRouter:
         total = sum(weight for _, weight in scaled)
         scaled.sort(key=lambda pair: (-pair[1], pair[0]))
         return dataclasses.replace(route, experts=tuple((key, weight / total) for key, weight in scaled))
+
+
+def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Router:
+    """The mixture's router before `prepare`, with what it has learned. Raises BadInput for one that has not."""
+    plugin = plugins.load("router", mixture.router)
+    if not getattr(plugin, "learned", False):
+        made: Router = plugin(options, seed=seed, device=device)
+        return made
+    if mixture.router_state is None:
+        raise BadInput(
+            f"router {mixture.router} has to be trained for this mixture first",
+            hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
+        )
+    state = read_router_state(mixture.router_state.file)
+    learned: Router = plugin(options, state=state, seed=seed, device=device)
+    return learned
 
 
 def route_request(row: Row) -> RouteRequest:
@@ -52,4 +74,13 @@ def explain(request_id: str, route: Route) -> dict[str, Any]:
         "experts": [{"expert": key, "weight": round(weight, 6)} for key, weight in route.experts],
         "candidates": [{"expert": c.expert, "score": round(c.score, 6)} for c in route.candidates],
         "reason": route.reason,
+        **({"chance": round(route.chance, 4)} if route.chance is not None else {}),
+        **({"escalation": _escalation(route.escalation)} if route.escalation is not None else {}),
+    }
+
+
+def _escalation(second: Escalation) -> dict[str, Any]:
+    return {
+        "experts": [{"expert": key, "weight": round(weight, 6)} for key, weight in second.experts],
+        "below": second.below,
     }

@@ -42,7 +42,8 @@ __all__ = [
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 MIXTURE_FILE = "mixture.json"
-ROUTER_FILE = "gate.safetensors"
+_TRAINED = {"gate": "gate.safetensors", "router_state": "router.safetensors"}
+"""Part of a mixture -> the name under which the file it has learned is stored."""
 GIB = 1 << 30
 
 _MOST_FILES = 1_000
@@ -264,17 +265,18 @@ def _examine_mixture(path: Path, allow_secret_like: bool, registered: Callable[[
         fingerprints.append(fingerprint)
     base = document.get("base")
     base = base if isinstance(base, dict) else {}
-    router_file = _router_file(path, document)
+    trained = {part: _trained_file(path, document, part, stored) for part, stored in _TRAINED.items()}
     # Where the experts came from is a path of the publisher's machine; here they come from this registry.
     plain = {key: value for key, value in document.items() if key != "registry"}
     plain["experts"] = entries
-    if router_file is not None:
-        plain["gate"] = {**plain["gate"], "file": f"./{router_file[1].path}"}
+    for part, found in trained.items():
+        if found is not None:
+            plain[part] = {**plain[part], "file": f"./{found[1].path}"}
     content = (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
     stored = StoredFile(MIXTURE_FILE, len(content), hashlib.sha256(content).hexdigest())
     return Intake(
         kind="mixture",
-        files=((content, stored), *((router_file,) if router_file is not None else ())),
+        files=((content, stored), *(found for found in trained.values() if found is not None)),
         base=str(base.get("ref") or ""),
         base_fingerprint=str(base.get("fingerprint") or ""),
         description=str(document.get("description") or ""),
@@ -285,14 +287,14 @@ def _examine_mixture(path: Path, allow_secret_like: bool, registered: Callable[[
     )
 
 
-def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFile] | None:
-    """The file of a trained router, as the gate of a mixture names it; checked like an expert's weights."""
-    gate = mixture.get("gate")
-    if not isinstance(gate, dict) or gate.get("file") is None:
+def _trained_file(path: Path, mixture: Mapping[str, Any], part: str, stored_as: str) -> tuple[Path, StoredFile] | None:
+    """The file of a trained gate or router, as a part of a mixture names it; checked like an expert's weights."""
+    named = mixture.get(part)
+    if not isinstance(named, dict) or named.get("file") is None:
         return None
-    name = gate["file"]
+    name = named["file"]
     if not isinstance(name, str):
-        raise Corrupt("the mixture's gate names no file", where=str(path))
+        raise Corrupt(f"the mixture's {part} names no file", where=str(path))
     file = path.resolve().parent / name
     if not file.is_file():
         raise NotFound("the file of the mixture's router is not there", where=str(file), hint="train the router again")
@@ -300,8 +302,8 @@ def _router_file(path: Path, mixture: Mapping[str, Any]) -> tuple[Path, StoredFi
         raise BadInput("the file of the mixture's router is not safetensors", where=str(file))
     with open_plain(file) as stream:
         judged = check_content(stream, file.suffix, where=str(file))
-    stored = _described(file, ROUTER_FILE, judged.sha256)
-    if gate.get("fingerprint") not in (None, stored.sha256):
+    stored = _described(file, stored_as, judged.sha256)
+    if named.get("fingerprint") not in (None, stored.sha256):
         raise Corrupt("the file of the router is not the one that was mixed", where=str(file))
     return file, stored
 

@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
         Kind("embedder", "xpert.embedders"),
         Kind("executor", "xpert.executors"),
         Kind("router", "xpert.experts.routers"),
+        Kind("aggregator", "xpert.experts.aggregators"),
         Kind("engine", "xpert.experts.engines"),
         Kind("gate", "xpert.experts.gates"),
         Kind("merger", "xpert.experts.mergers"),

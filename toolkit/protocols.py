@@ -5,7 +5,7 @@ Arrays: n pool rows, d embedding dimensions, k clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -23,30 +23,39 @@ if TYPE_CHECKING:
     from xpert.features import Features
 
 __all__ = [
+    "Aggregator",
+    "Answer",
+    "Ask",
     "Candidate",
+    "Constraint",
     "Contrast",
     "Decoder",
     "Embedder",
     "EmbedderContext",
     "Engine",
     "EngineRequest",
+    "Escalation",
     "Executor",
     "ExemplarOrderer",
     "ExemplarTask",
     "Exemplars",
     "Gate",
     "GatedExpert",
+    "LearnedRouter",
     "ListScore",
     "LowRankUpdate",
     "MergeTask",
     "Merged",
     "Merger",
     "ModuleGate",
+    "Observations",
     "Piece",
+    "Question",
     "RoutableExpert",
     "Route",
     "RouteRequest",
     "Router",
+    "RouterState",
     "RowPass",
     "RowWorker",
     "Sampling",
@@ -54,6 +63,9 @@ __all__ = [
     "Selection",
     "Selector",
     "TokenLogprob",
+    "Verdict",
+    "Weigh",
+    "Weighed",
     "WeightedExperts",
 ]
 
@@ -269,12 +281,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Escalation:
+    """A route's second stage: `experts` answer anew where the first answer's confidence is under `below`.
+
+    Confidence is the geometric mean of the probabilities that the model gave the tokens of its answer, in [0, 1].
+    """
+
+    experts: WeightedExperts
+    below: float
+
+
+@dataclass(frozen=True)
 class Route:
-    """Where one prompt goes, and why. Weights are >= 0 and sum to 1, or there are none (the base model answers)."""
+    """Where one prompt goes, and why. Weights are >= 0 and sum to 1, or there are none (the base model answers).
+
+    chance: what a calibrated router expects of the first expert's answer, in [0, 1]; None where it is not calibrated.
+    """
 
     experts: WeightedExperts
     candidates: tuple[Candidate, ...]
     reason: str
+    escalation: Escalation | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +324,9 @@ class RoutableExpert:
 
     `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
     its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
-    else they are empty.
+    else they are empty. `keyword_votes`: keyword -> (right, wrong) of its profile by keywords. `prototypes`: identity
+    of an embedder -> (label of each centroid, centroids float32 [c, d] of length 1), as `xpert prototypes` made them.
+    `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known.
     """
 
     key: str
@@ -304,6 +334,32 @@ class RoutableExpert:
     skills: tuple[str, ...] = ()
     skill_scores: Mapping[str, float] = field(default_factory=dict)
     exemplar_skills: tuple[str, ...] = ()
+    description: str = ""
+    keyword_votes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    prototypes: Mapping[str, tuple[tuple[str, ...], Floats]] = field(default_factory=dict, compare=False)
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What each expert and the base made of some prompts: what routers learn from and are measured by.
+
+    subjects: the experts' keys in the mixture's order, then "base". scores [n, m]: what each answer earned, in [0, 1].
+    losses [n, m]: mean nats per token of the reference answer under each subject. A request's `skill` is its category.
+    """
+
+    requests: tuple[RouteRequest, ...]
+    subjects: tuple[str, ...]
+    scores: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """What a router has learned: arrays by name, and what is no array as plain JSON."""
+
+    tensors: Mapping[str, NDArray[Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Router(Protocol):
@@ -317,6 +373,22 @@ class Router(Protocol):
         """Learns the experts; called once before `route`, and again when the set of experts changes."""
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]: ...
+
+
+class LearnedRouter(Router, Protocol):
+    """A router that is trained for a mixture by `xpert router train`. Its class binds `learned = True`.
+
+    Made with a `state`, it is ready after `prepare`, which raises BadInput for an expert that the state does not know.
+    """
+
+    learned: ClassVar[bool]
+
+    def __init__(
+        self, options: Any, *, state: RouterState | None = None, seed: int = 0, device: str = "auto"
+    ) -> None: ...
+
+    def learn(self, experts: Sequence[RoutableExpert], seen: Observations) -> RouterState:
+        """Trains on what was observed; the same input and seed give the same state. The router is ready after."""
 
 
 # ── requests and replies ─────────────────────────────────────────────────────────────────────────────────────────
@@ -360,6 +432,15 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What a reply must be, token by token. kind: "json" (any JSON object), "json_schema", "regex", "lark" or "choice"
+    (one of several texts, as a JSON list); `text` is the schema, expression, grammar or list."""
+
+    kind: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class EngineRequest:
     """A prompt as token ids, the weighted experts that answer it, and how to sample.
 
@@ -375,6 +456,7 @@ class EngineRequest:
     gate: str | None = None
     gate_bias: WeightedExperts = ()
     contrast: Contrast | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -399,6 +481,83 @@ class Piece:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     tokens: tuple[TokenLogprob, ...] = ()
+
+
+# ── aggregators ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One reply that an aggregator wants: by `experts` ((): the base alone), to `messages`."""
+
+    messages: tuple[Message, ...]
+    experts: WeightedExperts
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """How likely `experts` find each of some continuations of the prompt `messages`."""
+
+    messages: tuple[Message, ...]
+    experts: WeightedExperts
+    continuations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an `Ask`. `tokens` only where its sampling asks for log-probabilities."""
+
+    text: str
+    finished: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What came of a `Weigh`: per continuation the log-probabilities of its tokens."""
+
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A routed prompt that an aggregator answers. `choices`: the texts among which the answer is, where it has any."""
+
+    id: str
+    messages: tuple[Message, ...]
+    route: Route
+    sampling: Sampling
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The one reply. `experts`: whose it is, heaviest first; `log`: the replies and votes behind it, as plain JSON."""
+
+    text: str
+    experts: WeightedExperts
+    reason: str
+    finished: str = "stop"
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Several replies -> one. Asks in steps, so that a step of many questions can share its batches."""
+
+    Options: ClassVar[type[Config]]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, options: Any, *, seed: int = 0, device: str = "auto") -> None: ...
+
+    def prepare(self, experts: Sequence[RoutableExpert]) -> None:
+        """Learns the mixture's experts; raises BadInput where it cannot work with them."""
+
+    def answer(self, question: Question) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Verdict]:
+        """Yields steps; each is sent back what came of it, in its order. Keeps nothing between questions."""
 
 
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -565,3 +724,6 @@ class Engine(Protocol):
         self, requests: Sequence[EngineRequest], continuations: Sequence[tuple[int, ...]]
     ) -> list[list[float]]:
         """Log-probability of each token of one continuation per request, given its prompt and experts."""
+
+    def prompt_logprobs(self, requests: Sequence[EngineRequest], alternatives: int = 0) -> list[list[TokenLogprob]]:
+        """Of each request's prompt, every token but the first with its log-probability given those before it."""

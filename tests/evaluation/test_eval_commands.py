@@ -121,7 +121,7 @@ def test_a_model_names_keywords_and_routers_count_its_votes(
     xpert: Run, expert: Callable[..., Path], suite: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xpert.experts.model_keywords import EngineAnswerer
-    from xpert.experts.profiles import keyword_votes
+    from xpert.experts.routable import keyword_votes
 
     asked: list[int] = []
 

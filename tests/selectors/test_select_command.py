@@ -205,7 +205,7 @@ def test_methods_are_listed_and_explained(xpert: Run) -> None:
             assert xpert("methods", name).exit_code == 0, "the seam need not be told"
     assert [line for line in xpert("methods").stdout.splitlines() if not line.startswith(" ")] == [
         "selectors", "", "scorers (each is a method too, which takes the best rows)", "", "orderers", "",
-        "embedders", "", "executors", "", "routers", "", "engines", "", "gates", "", "mergers", "", "decoders",
+        "embedders", "", "executors", "", "routers", "", "aggregators", "", "engines", "", "gates", "", "mergers", "", "decoders",
         "", "remotes",
     ]  # fmt: skip
     assert {

@@ -1,0 +1,1 @@
+"""Aggregators: the replies of several experts -> one; one file each."""

@@ -1,0 +1,42 @@
+"""Errors that only a server makes, each with its HTTP status and OpenAI's words for it."""
+
+from __future__ import annotations
+
+from xpert.errors import BadInput, XpertError
+
+__all__ = ["Busy", "Denied", "Late", "TooLarge"]
+
+
+class Denied(BadInput):
+    """The request's API key is missing or unknown."""
+
+    http_status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class TooLarge(BadInput):
+    """The request's body is larger than the server takes."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class Busy(XpertError):
+    """The queue is full, or the key's limit is reached; `retry_after` says in how many seconds to come again."""
+
+    http_status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, what: str, *, retry_after: float, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.retry_after = retry_after
+
+
+class Late(XpertError):
+    """The request's deadline passed before its answer was whole."""
+
+    http_status = 408
+    kind = "timeout_error"
+    code = "deadline_exceeded"
