@@ -205,8 +205,8 @@ def test_methods_are_listed_and_explained(xpert: Run) -> None:
             assert xpert("methods", name).exit_code == 0, "the seam need not be told"
     assert [line for line in xpert("methods").stdout.splitlines() if not line.startswith(" ")] == [
         "selectors", "", "scorers (each is a method too, which takes the best rows)", "", "orderers", "",
-        "embedders", "", "executors", "", "routers", "", "aggregators", "", "engines", "", "gates", "", "mergers", "", "decoders",
-        "", "remotes",
+        "embedders", "", "executors", "", "routers", "", "aggregators", "", "engines", "", "gates", "", "mergers", "",
+        "decoders", "", "remotes",
     ]  # fmt: skip
     assert {
         member["kind"] for member in json.loads(xpert("methods", "--kind", "router", "--json").stdout)["members"]
