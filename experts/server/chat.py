@@ -54,7 +54,7 @@ class Chat:
                 call, [lambda: prompt], sampling, body.replies, constraint=constraint, choices=body.choices
             )
             if body.stream:
-                return await self._streamed(call, body)
+                return await self._streamed(request, call, body)
             response = await until_gone(request, call.deadline, self._whole(call, body))
         except BaseException:
             await call.resources.aclose()
@@ -84,10 +84,10 @@ class Chat:
             content["xpert"] = explanation(call.first)
         return JSONResponse(content, headers=_headers(call))
 
-    async def _streamed(self, call: Call, body: ChatRequest) -> Response:
+    async def _streamed(self, request: Request, call: Call, body: ChatRequest) -> Response:
         # The first piece is awaited here, so that a request the engine refuses is answered by a status.
         pieces = self.service.pieces(call)
-        first = await anext(pieces)
+        first = await until_gone(request, call.deadline, anext(pieces))
         return EventStream(
             self._events(call, body, first, pieces),
             headers=_headers(call),

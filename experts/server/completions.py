@@ -51,7 +51,7 @@ class Completions:
                         hint="use /v1/chat/completions, or aggregator=none",
                     )
             if body.stream:
-                return await self._streamed(call, body)
+                return await self._streamed(request, call, body)
             response = await until_gone(request, call.deadline, self._whole(call, body, sampling))
         except BaseException:
             await call.resources.aclose()
@@ -130,11 +130,11 @@ class Completions:
         first = _ids(task)[0]
         return completion_logprobs([*told, *reply.tokens], texts, first=first)
 
-    async def _streamed(self, call: Call, body: CompletionRequest) -> Response:
+    async def _streamed(self, request: Request, call: Call, body: CompletionRequest) -> Response:
         if body.max_tokens == 0 or (body.echo and body.logprobs is not None):
             raise ParameterError("an echoed prompt's log-probabilities cannot be streamed", "stream")
         pieces = self.service.pieces(call)
-        first = await anext(pieces)
+        first = await until_gone(request, call.deadline, anext(pieces))
         return EventStream(
             self._events(call, body, first, pieces),
             headers={"x-xpert-experts": experts_header(call.first.outcome.experts)},

@@ -45,7 +45,8 @@ class Source:
     def load(self) -> Mixture:
         """The mixture as it is now. Raises as `load_mixture`."""
         store = self._open_store(self._location) if self._location is not None else None
-        mixture = load_mixture(self.ref, store)
+        gone = _left_out if self.follow in ("experts", "all") else None
+        mixture = load_mixture(self.ref, store, gone=gone)
         if self.base is not None:
             mixture = dataclasses.replace(mixture, base=dataclasses.replace(mixture.base, ref=self.base))
         if self.follow in ("experts", "all"):
@@ -166,6 +167,10 @@ class Watch:
             except Exception:
                 # A defect here must not end the watch, nor what is served.
                 log.exception("looking at the registry failed")
+
+
+def _left_out(key: str, error: NotFound) -> None:
+    log.warning("expert %s is left out: %s", key, error)
 
 
 def _registered(ref: str) -> bool:
