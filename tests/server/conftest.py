@@ -35,7 +35,7 @@ class Exchange:
         return b"".join(m.get("body", b"") for m in self.messages if m["type"] == "http.response.body")
 
 
-async def exchange(
+async def _exchange(
     app: Application,
     *,
     method: str = "GET",
@@ -95,6 +95,12 @@ def ask() -> Callable[..., Exchange]:
     """`exchange`, run to its end on a loop of its own."""
 
     def run(app: Application, **options: Any) -> Exchange:
-        return asyncio.run(exchange(app, **options))
+        return asyncio.run(_exchange(app, **options))
 
     return run
+
+
+@pytest.fixture
+def exchange() -> Callable[..., Awaitable[Exchange]]:
+    """One request to an application, on the running loop."""
+    return _exchange

@@ -22,16 +22,16 @@ from xpert.experts.server.draining import Draining, DrainingServer, Ended
 
 def test_a_server_at_rest_ends_at_once() -> None:
     draining = Draining()
-    assert draining.ready
+    ready = [draining.ready]
     assert asyncio.run(draining.drain(1000)) == Ended(0, 0, 0)
-    assert not draining.ready
+    assert [*ready, draining.ready] == [True, False]
     with pytest.raises(Unavailable, match="the server is stopping"), draining.request(lambda error: None):
         raise AssertionError("let in")
 
 
 def test_what_ends_in_time_is_not_told() -> None:
     async def run() -> Ended:
-        draining, told = Draining(), []
+        draining, told = Draining(), list[XpertError]()
 
         async def work(seconds: float) -> None:
             with draining.request(told.append):
