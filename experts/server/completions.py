@@ -83,7 +83,7 @@ class Completions:
         else:
             replies = await self.service.replies(call)
         echoed = [await self._echo(task, body) for task in call.tasks] if body.echo else None
-        choices = []
+        choices: list[dict[str, Any]] = []
         for place, reply in enumerate(replies):
             prefix, told = echoed[place] if echoed is not None else ("", None)
             logprobs = None

@@ -234,11 +234,7 @@ class CompletionRequest(Sampled):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        return _several(self.prompt)
 
     def sampling(self) -> Sampling:
         """Raises ParameterError for values that contradict each other or cannot be honoured."""
@@ -267,11 +263,12 @@ class EmbeddingRequest(_Model):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The texts or token ids, one or several."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [[token for token in self.input if isinstance(token, int)]]
-        return [one for one in self.input if not isinstance(one, int)]
+        return _several(self.input)
+
+
+def _several(given: Any) -> list[str | list[int]]:
+    """One text or one list of token ids, or several of them, as a list."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
 def check_text(text: str, param: str) -> None:
