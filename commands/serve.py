@@ -51,6 +51,7 @@ def command(
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
+    from xpert.experts.server.draining import DrainingServer
     from xpert.experts.server.generations import Generations
     from xpert.experts.server.watching import Source, Watch
     from xpert.experts.serving import EngineChoice, open_engine
@@ -78,11 +79,10 @@ def command(
         session.result({"url": url, "model": loaded.name}, f"serving {loaded.name} at {url}/v1 (page: {url}/)")
         watch = Watch(source, generations, seconds=serving.watch)
         watch.start()
-        config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=max(1, round(serving.grace)), access_log=False
-        )
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
+        server = DrainingServer(config, app.state.service.operation.draining, grace=serving.grace)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         watch.close()
         session.progress.say("stopped serving")
 

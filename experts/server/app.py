@@ -7,6 +7,7 @@ POST /v1/embeddings               vectors of texts
 POST /v1/route                    the route of a prompt with candidates and reason, without an answer
 GET  /v1/load                     what the server is doing now
 GET  /healthz, /readyz            whether the engine runs; whether new requests are taken
+GET  /metrics                     figures for Prometheus
 GET  /                            a page to try it
 GET  /registry/                   the registry behind it as pages: experts, scores, provenance
 """
@@ -18,7 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
@@ -32,6 +33,7 @@ from xpert.experts.server.generations import Generations
 from xpert.experts.server.model_list import model_list
 from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.registry_pages import RegistryPages
+from xpert.experts.server.request_watch import RequestWatch
 from xpert.experts.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, RouteBody
 from xpert.experts.server.service import Service
 
@@ -52,8 +54,16 @@ def create_app(generations: Generations, options: ServeOptions | None = None, *,
         yield
         await asyncio.to_thread(service.stop)
 
-    app = FastAPI(title="xpert", version=xpert.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="xpert",
+        version=xpert.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(service.operation.check_key)],
+    )
     app.state.service = service
+    app.add_middleware(RequestWatch, hear=service.operation.hears)
     add_error_handlers(app)
     chat, completions, embeddings = Chat(service), Completions(service), Embeddings(service, space)
     pages = _Pages(service)
@@ -62,6 +72,8 @@ def create_app(generations: Generations, options: ServeOptions | None = None, *,
     add_route(app, "GET", "/registry/{path:path}", pages.registry, "The registry behind the mixture as pages")
     add_route(app, "GET", "/healthz", pages.health, "Whether the engine runs")
     add_route(app, "GET", "/readyz", pages.ready, "Whether new requests are taken")
+    if service.operation.metrics is not None:
+        add_route(app, "GET", "/metrics", pages.metrics, "Figures for Prometheus")
     add_route(app, "GET", "/v1/load", pages.load, "What the server is doing now")
     add_route(app, "GET", "/v1/models", pages.models, "What can be asked for")
     add_route(app, "GET", "/v1/models/{model:path}", pages.model, "One of the models")
@@ -101,8 +113,13 @@ class _Pages:
         return JSONResponse(status, 200 if loop.alive else 503)
 
     async def ready(self) -> Response:
-        alive = self.service.speaker.loop.alive
-        return JSONResponse({"status": "ready" if alive else "the engine has stopped"}, 200 if alive else 503)
+        ready = self.service.ready
+        return JSONResponse({"status": "ready" if ready else "not taking requests"}, 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        assert self.service.operation.metrics is not None
+        content, media_type = self.service.operation.metrics.render(request.headers.get("accept"))
+        return Response(content, media_type=media_type)
 
     async def load(self) -> Response:
         return JSONResponse(self.service.load())

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from xpert.experts.routing import explain
-from xpert.experts.server.errors import error_event
+from xpert.experts.server.calls import Call
 from xpert.experts.server.openai_forms import DONE, chat_logprobs, event, experts_header, explanation, usage
 from xpert.experts.server.replies import Prompt
-from xpert.experts.server.schema import ChatRequest, RouteBody, parse
-from xpert.experts.server.service import Call, Service, check_many, read_json
-from xpert.experts.server.streams import EventStream, until_gone, with_first
+from xpert.experts.server.schema import ChatMessage, ChatRequest, RouteBody, parse
+from xpert.experts.server.service import Pieces, Service, check_many
 from xpert.protocols import Piece
 
 __all__ = ["Chat"]
@@ -31,36 +30,31 @@ class Chat:
     async def route(self, request: Request) -> Response:
         """The route of a prompt with candidates and reason, without an answer. Takes no place in the queue."""
         service = self.service
-        body = parse(RouteBody, await read_json(request, service.options.max_body))
-        prompt = Prompt(tuple(message.to_message() for message in body.messages))
+        body = parse(RouteBody, await service.read(request))
+        prompt = _prompt(body.messages)
         with service.generations.hold() as generation:
             model = body.model or generation.mixture.name
-            call = Call(f"route-{uuid.uuid4().hex}", model, generation, 0.0, AsyncExitStack())
-            task = await service.route(call, prompt)
-        return JSONResponse(
-            explain(call.id, task.route), headers={"x-xpert-experts": experts_header(task.route.experts)}
-        )
+            task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
+        headers = {"x-xpert-experts": experts_header(task.route.experts)}
+        return JSONResponse(explain(task.id, task.route), headers=headers)
 
     async def complete(self, request: Request) -> Response:
         """An answer, whole or streamed."""
         service = self.service
-        body = parse(ChatRequest, await read_json(request, service.options.max_body))
-        sampling, constraint = body.sampling(), body.constraint()
-        prompt = Prompt(tuple(message.to_message() for message in body.messages))
+        body = parse(ChatRequest, await service.read(request))
+        sampling, constraint, prompt = body.sampling(), body.constraint(), _prompt(body.messages)
         check_many(body.replies, service.options.max_n, "n")
-        call = await service.open(request, "chatcmpl", body.model, body.replies)
-        try:
-            await service.tasks(
+        return await service.answer(
+            request,
+            "chatcmpl",
+            body.model,
+            body.replies,
+            prepare=lambda call: service.tasks(
                 call, [lambda: prompt], sampling, body.replies, constraint=constraint, choices=body.choices
-            )
-            if body.stream:
-                return await self._streamed(request, call, body)
-            response = await until_gone(request, call.deadline, self._whole(call, body))
-        except BaseException:
-            await call.resources.aclose()
-            raise
-        await call.resources.aclose()
-        return response
+            ),
+            whole=lambda call: self._whole(call, body),
+            events=(lambda call, pieces: self._events(call, body, pieces)) if body.stream else None,
+        )
 
     async def _whole(self, call: Call, body: ChatRequest) -> Response:
         replies = await self.service.replies(call)
@@ -82,23 +76,9 @@ class Chat:
         }
         if body.explained:
             content["xpert"] = explanation(call.first)
-        return JSONResponse(content, headers=_headers(call))
+        return JSONResponse(content)
 
-    async def _streamed(self, request: Request, call: Call, body: ChatRequest) -> Response:
-        # The first piece is awaited here, so that a request the engine refuses is answered by a status.
-        pieces = self.service.pieces(call)
-        first = await until_gone(request, call.deadline, anext(pieces))
-        return EventStream(
-            self._events(call, body, first, pieces),
-            headers=_headers(call),
-            resources=call.resources,
-            deadline=call.deadline,
-            last_word=error_event,
-        )
-
-    async def _events(
-        self, call: Call, body: ChatRequest, first: tuple[int, Piece], pieces: AsyncIterator[tuple[int, Piece]]
-    ) -> AsyncGenerator[str, None]:
+    async def _events(self, call: Call, body: ChatRequest, pieces: Pieces) -> AsyncGenerator[str, None]:
         head = _head(call, "chat.completion.chunk") | ({"usage": None} if body.wants_usage else {})
 
         def chunk(index: int, delta: dict[str, Any], piece: Piece | None = None, finish: str | None = None) -> str:
@@ -115,8 +95,8 @@ class Chat:
         for index in range(len(call.tasks) * call.copies):
             yield chunk(index, {"role": "assistant", "content": ""})
         totals: dict[int, Piece] = {}
-        async with aclosing(with_first(first, pieces)) as all_pieces:
-            async for task, piece in all_pieces:
+        async with aclosing(pieces):
+            async for task, piece in pieces:
                 for index in range(task * call.copies, (task + 1) * call.copies):
                     if piece.text or (body.logprobs and piece.tokens):
                         yield chunk(index, {"content": piece.text}, piece)
@@ -133,11 +113,11 @@ def _head(call: Call, kind: str) -> dict[str, Any]:
     return {
         "id": call.id,
         "object": kind,
-        "created": call.created,
+        "created": int(call.created),
         "model": call.model,
         "system_fingerprint": f"xpert-{call.generation.fingerprint[:16]}",
     }
 
 
-def _headers(call: Call) -> dict[str, str]:
-    return {"x-xpert-experts": experts_header(call.first.outcome.experts)}
+def _prompt(messages: Sequence[ChatMessage]) -> Prompt:
+    return Prompt(tuple(message.to_message() for message in messages))

@@ -6,7 +6,7 @@ sampling, many requests in a batch.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -14,13 +14,12 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from xpert.errors import BadInput
-from xpert.experts.server.errors import error_event
-from xpert.experts.server.openai_forms import DONE, completion_logprobs, event, experts_header, explanation, usage
+from xpert.experts.server.calls import Call, Reply
+from xpert.experts.server.openai_forms import DONE, completion_logprobs, event, explanation, usage
 from xpert.experts.server.replies import Prompt, Task
 from xpert.experts.server.schema import CompletionRequest, ParameterError, check_text, parse
-from xpert.experts.server.service import Call, Reply, Service, check_many, read_json
-from xpert.experts.server.streams import EventStream, until_gone, with_first
-from xpert.protocols import Piece, Sampling, TokenLogprob
+from xpert.experts.server.service import Pieces, Service, check_many
+from xpert.protocols import Piece, TokenLogprob
 from xpert.records import Message
 
 __all__ = ["Completions"]
@@ -35,29 +34,32 @@ class Completions:
     async def complete(self, request: Request) -> Response:
         """Goes on with each prompt, whole or streamed."""
         service = self.service
-        body = parse(CompletionRequest, await read_json(request, service.options.max_body))
+        body = parse(CompletionRequest, await service.read(request))
         sampling, constraint = body.sampling(), body.constraint()
         prompts = [self._prompt(prompt) for prompt in body.prompts]
         places = len(prompts) * body.replies
         check_many(places, service.options.max_n, "prompt")
-        call = await service.open(request, "cmpl", body.model, places)
-        try:
+        if body.stream and (body.max_tokens == 0 or (body.echo and body.logprobs is not None)):
+            raise ParameterError("an echoed prompt's log-probabilities cannot be streamed", "stream")
+
+        async def prepare(call: Call) -> None:
             await service.tasks(call, prompts, sampling, body.replies, constraint=constraint, choices=body.choices)
-            for task in call.tasks:
-                if task.aggregator is not None:
-                    raise ParameterError(
-                        "a text cannot be gone on with by several experts together",
-                        "model",
-                        hint="use /v1/chat/completions, or aggregator=none",
-                    )
-            if body.stream:
-                return await self._streamed(request, call, body)
-            response = await until_gone(request, call.deadline, self._whole(call, body, sampling))
-        except BaseException:
-            await call.resources.aclose()
-            raise
-        await call.resources.aclose()
-        return response
+            if any(task.aggregator is not None for task in call.tasks):
+                raise ParameterError(
+                    "a text cannot be gone on with by several experts together",
+                    "model",
+                    hint="use /v1/chat/completions, or aggregator=none",
+                )
+
+        return await service.answer(
+            request,
+            "cmpl",
+            body.model,
+            places,
+            prepare=prepare,
+            whole=lambda call: self._whole(call, body),
+            events=(lambda call, pieces: self._events(call, body, pieces)) if body.stream else None,
+        )
 
     def _prompt(self, given: str | list[int]) -> Callable[[], Prompt]:
         """Makes the prompt on the preparing thread."""
@@ -77,7 +79,7 @@ class Completions:
 
         return made
 
-    async def _whole(self, call: Call, body: CompletionRequest, sampling: Sampling) -> Response:
+    async def _whole(self, call: Call, body: CompletionRequest) -> Response:
         if body.max_tokens == 0:
             replies = [Reply("", "length", len(_ids(task)), 0) for task in call.tasks]
         else:
@@ -109,7 +111,7 @@ class Completions:
         }
         if body.explained:
             content["xpert"] = explanation(call.first)
-        return JSONResponse(content, headers={"x-xpert-experts": experts_header(call.first.outcome.experts)})
+        return JSONResponse(content)
 
     async def _echo(self, task: Task, body: CompletionRequest) -> tuple[str, list[TokenLogprob] | None]:
         """The prompt's text, and its tokens' log-probabilities where they are asked for."""
@@ -130,22 +132,7 @@ class Completions:
         first = _ids(task)[0]
         return completion_logprobs([*told, *reply.tokens], texts, first=first)
 
-    async def _streamed(self, request: Request, call: Call, body: CompletionRequest) -> Response:
-        if body.max_tokens == 0 or (body.echo and body.logprobs is not None):
-            raise ParameterError("an echoed prompt's log-probabilities cannot be streamed", "stream")
-        pieces = self.service.pieces(call)
-        first = await until_gone(request, call.deadline, anext(pieces))
-        return EventStream(
-            self._events(call, body, first, pieces),
-            headers={"x-xpert-experts": experts_header(call.first.outcome.experts)},
-            resources=call.resources,
-            deadline=call.deadline,
-            last_word=error_event,
-        )
-
-    async def _events(
-        self, call: Call, body: CompletionRequest, first: tuple[int, Piece], pieces: AsyncIterator[tuple[int, Piece]]
-    ) -> AsyncGenerator[str, None]:
+    async def _events(self, call: Call, body: CompletionRequest, pieces: Pieces) -> AsyncGenerator[str, None]:
         head = _head(call) | ({"usage": None} if body.wants_usage else {})
         offsets = [0] * (len(call.tasks) * call.copies)
 
@@ -162,8 +149,8 @@ class Completions:
                 for index in range(place * call.copies, (place + 1) * call.copies):
                     yield chunk(index, task.prompt.messages[0].content)
         totals: dict[int, Piece] = {}
-        async with aclosing(with_first(first, pieces)) as all_pieces:
-            async for place, piece in all_pieces:
+        async with aclosing(pieces):
+            async for place, piece in pieces:
                 for index in range(place * call.copies, (place + 1) * call.copies):
                     yield chunk(index, piece.text, piece.tokens, piece.finished)
                     if piece.finished is not None:
@@ -180,7 +167,7 @@ def _head(call: Call) -> dict[str, Any]:
     return {
         "id": call.id,
         "object": "text_completion",
-        "created": call.created,
+        "created": int(call.created),
         "model": call.model,
         "system_fingerprint": f"xpert-{call.generation.fingerprint[:16]}",
     }

@@ -16,7 +16,7 @@ from xpert.errors import BadInput, NotFound, unknown
 from xpert.experts.mixture import BASE
 from xpert.experts.prototypes import FixedSpace, open_space
 from xpert.experts.server.schema import EmbeddingRequest, ParameterError, check_text, parse
-from xpert.experts.server.service import Service, check_many, read_json
+from xpert.experts.server.service import Service, check_many
 from xpert.experts.server.streams import until_gone
 from xpert.protocols import Floats
 
@@ -41,7 +41,7 @@ class Embeddings:
         """One vector of length 1 for each input."""
         service = self.service
         served = service.options.embedder
-        body = parse(EmbeddingRequest, await read_json(request, service.options.max_body))
+        body = parse(EmbeddingRequest, await service.read(request))
         if served is None:
             raise NotFound("this server gives no embeddings", hint="start it with --embedder minilm, or base")
         if body.model != served:
@@ -56,7 +56,8 @@ class Embeddings:
         call = await service.open(request, "embd", BASE, 1)
         async with call.resources:
             work = self._by_base(inputs) if self.space is None else self._by_space(self.space, inputs)
-            vectors, tokens = await until_gone(request, call.deadline, work)
+            vectors, tokens = await until_gone(request, call, work)
+            call.facts.prompt_tokens = tokens
         if body.dimensions not in (None, vectors.shape[1]):
             raise ParameterError(
                 f"the vectors of {served} have {vectors.shape[1]} dimensions, not {body.dimensions}", "dimensions"

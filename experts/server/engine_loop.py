@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xpert.errors import Unavailable
@@ -17,8 +19,13 @@ log = logging.getLogger("xpert.server")
 Sink = Callable[[Piece | Exception], None]
 """Hears the pieces of one request, in order; an exception is the last it hears."""
 
-Delivery = Sequence[tuple[Sink, Piece | Exception]]
-"""What one step said, and to whom."""
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one step said, and to whom; `began` is when the step did, by `time.monotonic`."""
+
+    began: float
+    heard: Sequence[tuple[Sink, Piece | Exception]]
 
 
 class EngineLoop:
@@ -104,6 +111,7 @@ class EngineLoop:
                 self._step()
 
     def _step(self) -> None:
+        began = time.monotonic()
         try:
             pieces = self._session.step()
             failures = self._session.failures()
@@ -129,15 +137,15 @@ class EngineLoop:
                 if failed is not None:
                     heard.append((failed, failure))
         if heard:
-            self._deliver(heard)
+            self._deliver(Delivery(began, heard))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
             sinks, self._sinks = self._sinks, {}
         if sinks:
-            self._deliver([(sink, error) for sink in sinks.values()])
+            self._deliver(Delivery(time.monotonic(), [(sink, error) for sink in sinks.values()]))
 
 
-def _call_sinks(heard: Delivery) -> None:
-    for sink, item in heard:
+def _call_sinks(said: Delivery) -> None:
+    for sink, item in said.heard:
         sink(item)

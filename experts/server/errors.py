@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from xpert.errors import BadInput, XpertError
 from xpert.experts.server.failures import Busy, Denied
@@ -25,6 +26,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(XpertError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientGone, _on_gone)
+    app.add_exception_handler(ClientDisconnect, _on_gone)
     app.add_exception_handler(Exception, _on_defect)
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +118,8 @@ class Generations:
         self._seed, self._device = seed, device
         self._lock = threading.Lock()
         self._made = 0
+        self.published: list[Callable[[Generation], None]] = []
+        """Who is told of each new generation, on the thread that publishes it."""
         self._held: list[Generation] = []
         self._opening: frozenset[str] = frozenset()  # engine keys of a generation that is being made
         self.current = self.open(first)
@@ -172,6 +174,8 @@ class Generations:
             self._held.append(generation)
             self.current = generation
             self._opening = frozenset()
+        for hear in self.published:
+            hear(generation)
         self._clear()
 
     def drop(self, generation: Generation) -> None:

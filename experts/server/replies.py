@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +40,7 @@ from xpert.protocols import (
 )
 from xpert.records import Message
 
-__all__ = ["Outcome", "Prompt", "Speaker", "Task"]
+__all__ = ["Outcome", "Prompt", "Speaker", "Task", "Timing"]
 
 T = TypeVar("T")
 
@@ -67,6 +69,17 @@ class Outcome:
 
 
 @dataclass
+class Timing:
+    """When a reply was handed to the engine, when the step began that said its first text, when it said first and last;
+    `time.monotonic` each."""
+
+    submitted: float = 0.0
+    began: float | None = None
+    first: float | None = None
+    last: float | None = None
+
+
+@dataclass
 class Task:
     """One reply to be made. `outcome` is right once the first piece has come."""
 
@@ -81,6 +94,7 @@ class Task:
     choices: tuple[str, ...] = ()
     request: EngineRequest | None = None
     outcome: Outcome = field(default_factory=lambda: Outcome((), ""))
+    timing: Timing = field(default_factory=Timing)
 
 
 class Speaker:
@@ -92,9 +106,10 @@ class Speaker:
         self.tokenizer = tokenizer
         events = asyncio.get_running_loop()
 
-        def deliver(heard: Delivery) -> None:
-            events.call_soon_threadsafe(_call_sinks, heard)
+        def deliver(said: Delivery) -> None:
+            events.call_soon_threadsafe(self._hear, said)
 
+        self._step_began = 0.0
         self.loop = EngineLoop(engine, deliver)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="xpert-route")
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="xpert-score")
@@ -111,6 +126,11 @@ class Speaker:
     async def prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparer, work)
 
+    def _hear(self, said: Delivery) -> None:
+        self._step_began = said.began
+        for sink, item in said.heard:
+            sink(item)
+
     # ── replies ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def encode(self, task: Task) -> None:
@@ -124,8 +144,18 @@ class Speaker:
         task.request = self._request(task, task.id, task.prompt, task.route.experts, sampling)
         task.outcome = Outcome(task.route.experts, task.route.reason)
 
-    def pieces(self, task: Task) -> AsyncIterator[Piece]:
+    async def pieces(self, task: Task) -> AsyncGenerator[Piece, None]:
         """The pieces of an encoded task. Left before its end, it gives up its places in the batch."""
+        timing = task.timing
+        timing.submitted = time.monotonic()
+        async with aclosing(self._stages(task)) as pieces:
+            async for piece in pieces:
+                timing.last = time.monotonic()
+                if timing.first is None:
+                    timing.first, timing.began = timing.last, self._step_began
+                yield piece
+
+    def _stages(self, task: Task) -> AsyncGenerator[Piece, None]:
         if task.aggregator is not None and task.routed:
             return self._aggregated(task)
         if task.route.escalation is not None:
@@ -133,7 +163,7 @@ class Speaker:
         assert task.request is not None
         return self._spoken(task.request)
 
-    async def _spoken(self, request: EngineRequest) -> AsyncIterator[Piece]:
+    async def _spoken(self, request: EngineRequest) -> AsyncGenerator[Piece, None]:
         arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         if request.constraint is None:
             self.loop.submit(request, arrived.put_nowait)
@@ -158,7 +188,7 @@ class Speaker:
             if not finished:
                 self.loop.cancel(request.id)
 
-    async def _escalated(self, task: Task) -> AsyncIterator[Piece]:
+    async def _escalated(self, task: Task) -> AsyncGenerator[Piece, None]:
         assert task.request is not None and task.route.escalation is not None
         second = task.route.escalation
         whole = [piece async for piece in self._spoken(task.request)]
@@ -183,7 +213,7 @@ class Speaker:
                 piece = dataclasses.replace(piece, completion_tokens=tokens_made)
             yield piece
 
-    async def _aggregated(self, task: Task) -> AsyncIterator[Piece]:
+    async def _aggregated(self, task: Task) -> AsyncGenerator[Piece, None]:
         assert task.aggregator is not None
         question = Question(task.id, task.prompt.messages, task.route, task.sampling, task.choices)
         steps = task.aggregator.answer(question)
@@ -285,8 +315,3 @@ async def _all(waits: Sequence[Any]) -> list[Any]:
 
 def _joined(first: Piece, second: Piece) -> Piece:
     return dataclasses.replace(second, text=first.text + second.text, tokens=first.tokens + second.tokens)
-
-
-def _call_sinks(heard: Delivery) -> None:
-    for sink, item in heard:
-        sink(item)

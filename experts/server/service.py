@@ -5,62 +5,42 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 
-from xpert.errors import NotFound
+from xpert.errors import NotFound, XpertError
+from xpert.experts.mixture import BASE
 from xpert.experts.server.admission import Admission
-from xpert.experts.server.failures import TooLarge
+from xpert.experts.server.body import read_json
+from xpert.experts.server.calls import Call, Heard, Reply
+from xpert.experts.server.errors import error_event
+from xpert.experts.server.failures import Denied
 from xpert.experts.server.generations import Generation, Generations
+from xpert.experts.server.metrics import Moment, engine_figures
 from xpert.experts.server.model_names import Asked, Way, parse_model
+from xpert.experts.server.openai_forms import experts_header
+from xpert.experts.server.operation import Operation
 from xpert.experts.server.options import ServeOptions
+from xpert.experts.server.pace import Pace
 from xpert.experts.server.replies import Prompt, Speaker, Task
+from xpert.experts.server.request_watch import facts_of
 from xpert.experts.server.schema import ParameterError
-from xpert.experts.server.streams import merged
+from xpert.experts.server.streams import EventStream, merged, until_gone, with_first
 from xpert.experts.server.token_texts import TokenTexts
+from xpert.experts.server.tracing import route_attributes
 from xpert.protocols import Constraint, Piece, RouteRequest, Sampling, TokenLogprob
 
-__all__ = ["Call", "Reply", "Service", "check_many", "read_json"]
+__all__ = ["Events", "Pieces", "Service", "check_many"]
 
-
-@dataclass
-class Reply:
-    """One whole reply."""
-
-    text: str
-    finished: str
-    prompt_tokens: int
-    completion_tokens: int
-    tokens: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass
-class Call:
-    """A request on its way: since when, until when, with which generation, and what it holds until its end."""
-
-    id: str
-    model: str
-    generation: Generation
-    deadline: float
-    resources: AsyncExitStack
-    begin: float = field(default_factory=time.monotonic)
-    created: int = field(default_factory=lambda: int(time.time()))
-    tasks: list[Task] = field(default_factory=list)
-    copies: int = 1
-    """How often each task's reply is given: greedy replies to one prompt are all the same, and computed once."""
-
-    @property
-    def first(self) -> Task:
-        return self.tasks[0]
+Pieces = AsyncGenerator[tuple[int, Piece], None]
+Events = Callable[[Call, Pieces], AsyncGenerator[str, None]]
 
 
 class Service:
@@ -71,38 +51,103 @@ class Service:
         self.options = options
         self.started = time.time()
         self.admission = Admission(options.max_batch, options.max_queue)
+        self.operation = Operation(options, generations, self.moment)
         lm = generations.lm
         # A tokenizer for the preparing thread alone, and one for the event loop: see Speaker.
         self.tokenizer = copy.deepcopy(lm.tokenizer)
         self.texts = TokenTexts(copy.deepcopy(lm.tokenizer))
         self.ends: frozenset[int] = lm.stop_ids
-        self.requests: Counter[str] = Counter()
+        self.requests = 0
+        self.pace = Pace()
+        self._calls: dict[str, Call] = {}
         self.speaker: Speaker
 
     def start(self) -> None:
         self.speaker = Speaker(self.generations.engine, self.tokenizer, max_batch=self.options.max_batch)
 
     def stop(self) -> None:
-        """Blocks until the engine's thread has ended."""
+        """Blocks until the engine's thread has ended and the logs are written."""
         self.speaker.close()
+        self.operation.close()
+
+    async def read(self, request: Request) -> Any:
+        """The decoded body."""
+        return await read_json(request, most=self.options.max_body)
 
     # ── the way of a request ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, request: Request, kind: str, model: str, places: int) -> Call:
-        """Admits a request and gives it the current generation. The caller closes `resources`, or hands them on.
-
-        Raises Busy where the queue is full, NotFound for an unknown model.
-        """
-        resources = AsyncExitStack()
+    async def answer(
+        self,
+        request: Request,
+        kind: str,
+        model: str,
+        places: int,
+        *,
+        prepare: Callable[[Call], Awaitable[None]],
+        whole: Callable[[Call], Awaitable[Response]],
+        events: Events | None = None,
+    ) -> Response:
+        """Admits a request, prepares it, and answers whole, or with `events` as a stream."""
+        call = await self.open(request, kind, model, places)
         try:
+            await prepare(call)
+            self.operation.let_in(call)
+            if events is None:
+                response = await until_gone(request, call, whole(call))
+                response.headers.update(self.headers(call))
+            else:
+                # The first piece is awaited here, so that a request the engine refuses is answered by a status.
+                pieces = self.pieces(call)
+                first = await until_gone(request, call, anext(pieces))
+                return EventStream(
+                    call,
+                    events(call, with_first(first, pieces)),
+                    headers=self.headers(call),
+                    last_word=error_event,
+                )
+        except BaseException as error:
+            call.failure = error
+            await call.resources.aclose()
+            raise
+        await call.resources.aclose()
+        return response
+
+    async def open(self, request: Request, kind: str, model: str, places: int) -> Call:
+        """Admits a request and gives it the current generation. Whoever ends it closes its resources.
+
+        Raises Busy where the queue is full, Unavailable once the server is ending, NotFound for an unknown model.
+        """
+        loop = asyncio.get_running_loop()
+        resources = AsyncExitStack()
+        stop: asyncio.Future[XpertError] = loop.create_future()
+        holder = getattr(request.state, "holder", None)
+        try:
+            resources.enter_context(self.operation.draining.request(lambda error: _end(stop, error)))
+            deadline = loop.time() + self._allowed(request)
             self.admission.enter(places)
             resources.callback(self.admission.leave, places)
             generation = resources.enter_context(self.generations.hold())
+            id = f"{kind}-{uuid.uuid4().hex}"
+            name = f"{request.method} {request.url.path}"
+            span = self.operation.tracing.request(name, request.scope["headers"], {"gen_ai.request.model": model})
+            facts = facts_of(request.scope)
+            call = Call(id, model, generation, deadline, resources, span, facts, stop, holder, places=places)
+            self._calls[id] = call
+            resources.callback(self._finish, call)
+            asked = self.asked(model, generation)
+            facts.model = model
+            facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
+            if holder is not None and not holder.allows(_plain_name(model, generation)):
+                raise Denied(f"this key may not ask for {model!r}")
         except BaseException:
             await resources.aclose()
             raise
-        deadline = asyncio.get_running_loop().time() + self._allowed(request)
-        return Call(f"{kind}-{uuid.uuid4().hex}", model, generation, deadline, resources)
+        return call
+
+    def _finish(self, call: Call) -> None:
+        del self._calls[call.id]
+        self.requests += 1
+        self.operation.finish(call)
 
     def _allowed(self, request: Request) -> float:
         """Seconds that the request may take: the server's, or fewer where the client says so."""
@@ -125,17 +170,15 @@ class Service:
             error.param, error.code = "model", "model_not_found"  # type: ignore[attr-defined]  # read by the error form
             raise
 
-    async def route(self, call: Call, prompt: Prompt) -> Task:
+    async def route(self, id: str, model: str, generation: Generation, prompt: Prompt) -> Task:
         """A task with its route and nothing to generate yet."""
-        asked = self.asked(call.model, call.generation)
-        generation = call.generation
+        asked = self.asked(model, generation)
         if asked.experts is not None:
-            route = generation.runner.known(asked.experts)
-            return Task(call.id, generation, prompt, route, False, Sampling())
+            return Task(id, generation, prompt, generation.runner.known(asked.experts), False, Sampling())
         # A router that is made for this request takes its time, which the others must not wait for.
         routed = generation.routed if asked.way == Way() else await asyncio.to_thread(generation.by, asked.way)
-        found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(call.id, prompt.messages)]))
-        return Task(call.id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
+        found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(id, prompt.messages)]))
+        return Task(id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
 
     async def tasks(
         self,
@@ -151,7 +194,10 @@ class Service:
         same = sampling.temperature == 0 and replies > 1
         call.copies = replies if same else 1
         for index, make in enumerate(prompts):
-            routed = await self.route(call, await self.speaker.prepare(make))
+            with call.span.child("route") as span:
+                prompt = await self.speaker.prepare(make)
+                routed = await self.route(f"{call.id}-{index}", call.model, call.generation, prompt)
+                span.set(route_attributes(routed.route))
             if constraint is not None and routed.aggregator is not None:
                 raise ParameterError(
                     "a constrained reply cannot be made of several", "response_format", hint="ask for one expert"
@@ -165,63 +211,99 @@ class Service:
                     sampling=_own_seed(sampling, number),
                     constraint=constraint,
                     choices=choices,
+                    # Each reply has its own; `replace` would share them.
+                    outcome=dataclasses.replace(routed.outcome),
+                    timing=dataclasses.replace(routed.timing),
                 )
                 await self.speaker.prepare(partial(self.speaker.encode, task))
                 call.tasks.append(task)
+                call.heard.append(Heard())
 
-    def pieces(self, call: Call) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self, call: Call) -> Pieces:
         """(task's index, piece) of all tasks, as they come."""
-        return merged([self.speaker.pieces(task) for task in call.tasks])
+        span = call.span.child("generate")
+        try:
+            async with aclosing(merged([self.speaker.pieces(task) for task in call.tasks])) as found:
+                async for index, piece in found:
+                    heard = call.heard[index]
+                    before = heard.completion_tokens
+                    heard.take(piece)
+                    self.pace.add(heard.completion_tokens - before)
+                    yield index, piece
+        finally:
+            span.end()
 
     async def replies(self, call: Call) -> list[Reply]:
         """The whole replies of all tasks, in order."""
-        texts: list[list[str]] = [[] for _ in call.tasks]
         tokens: list[list[TokenLogprob]] = [[] for _ in call.tasks]
         last: dict[int, Piece] = {}
         async for index, piece in self.pieces(call):
-            texts[index].append(piece.text)
             tokens[index] += piece.tokens
             last[index] = piece
         return [
             Reply(
-                "".join(texts[index]),
-                last[index].finished or "stop",
+                "".join(heard.texts),
+                heard.finished or "stop",
                 last[index].prompt_tokens,
-                last[index].completion_tokens,
+                heard.completion_tokens,
                 tuple(tokens[index]),
             )
-            for index in range(len(call.tasks))
+            for index, heard in enumerate(call.heard)
         ]
 
-    def load(self) -> dict[str, Any]:
-        """What the server is doing now."""
-        loop, admission = self.speaker.loop, self.admission
+    def headers(self, call: Call) -> dict[str, str]:
+        """Of every answer: who gave it, and what is left of the key's limits."""
         return {
-            "running": loop.running,
-            "waiting": max(0, admission.used - loop.running),
-            "max_batch": admission.max_batch,
-            "max_queue": admission.max_queue,
-            "refused": admission.refused,
+            "x-xpert-experts": experts_header(call.first.outcome.experts),
+            **self.operation.headers(call.holder),
+        }
+
+    # ── how things stand ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def moment(self) -> Moment:
+        """How things stand, for /metrics."""
+        running = self.speaker.loop.running
+        return Moment(
+            running=running,
+            waiting=max(0, self.admission.used - running),
+            generations=self.generations.alive,
+            ready=self.ready,
+            engine=engine_figures(self.generations.engine),
+        )
+
+    @property
+    def ready(self) -> bool:
+        return self.speaker.loop.alive and self.operation.draining.ready
+
+    def load(self) -> dict[str, Any]:
+        """How things stand, for /v1/load and the page. requests and tokens count from the start."""
+        running = self.speaker.loop.running
+        return {
+            "running": running,
+            "waiting": max(0, self.admission.used - running),
+            "max_batch": self.admission.max_batch,
+            "max_queue": self.admission.max_queue,
+            "requests": self.requests,
+            "tokens": self.pace.total,
+            "tokens_per_second": round(self.pace.per_second(), 2),
+            "experts": dict(Counter(key for call in self._calls.values() for key in call.experts)),
+            "refused": self.admission.refused,
             "generations": self.generations.alive,
             "generation": self.generations.current.number,
-            "started": int(self.started),
+            "started": self.started,
         }
 
 
-async def read_json(request: Request, most: int) -> Any:
-    """The decoded body. Raises TooLarge beyond `most` bytes, ParameterError for what is no JSON."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        raise TooLarge(f"the body has {int(declared):,} bytes; the most is {most:,}")
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise TooLarge(f"the body is larger than {most:,} bytes")
-    try:
-        return json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ParameterError(f"the body is not valid JSON: {error}", None) from None
+def check_many(count: int, most: int, param: str) -> None:
+    """Raises ParameterError where one request asks for more replies than the server gives to one."""
+    if count > most:
+        raise ParameterError(f"{count} replies are asked for at once; the most is {most}", param)
+
+
+def _plain_name(model: str, generation: Generation) -> str:
+    """The id by which a key's models are named: a way of the mixture is the mixture."""
+    mixture = generation.mixture
+    return model if model in (BASE, *mixture.keys) else mixture.name
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:
@@ -231,7 +313,6 @@ def _own_seed(sampling: Sampling, number: int) -> Sampling:
     return dataclasses.replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**63)
 
 
-def check_many(count: int, most: int, param: str) -> None:
-    """Raises BadInput where one request asks for more replies than the server gives to one."""
-    if count > most:
-        raise ParameterError(f"{count} replies are asked for at once; the most is {most}", param)
+def _end(stop: asyncio.Future[XpertError], error: XpertError) -> None:
+    if not stop.done():
+        stop.set_result(error)

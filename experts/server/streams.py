@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from xpert.experts.server.calls import Call
 from xpert.experts.server.failures import Late
 
 __all__ = ["ClientGone", "EventStream", "merged", "until_gone", "with_first"]
@@ -25,71 +26,81 @@ class ClientGone(Exception):
 
 
 class EventStream(Response):
-    """Server-sent events. `resources` are let go once the last event is out, the client has left or it is too late.
+    """Server-sent events of a call, whose resources are let go once the last event is out, the client has left, the
+    deadline has passed, or the server wants an end.
 
     `last_word(error)` makes the event that ends a stream which fails after its status went out.
     """
 
     def __init__(
         self,
+        call: Call,
         events: AsyncGenerator[str, None],
         *,
         headers: Mapping[str, str],
-        resources: AsyncExitStack,
-        deadline: float,
         last_word: Callable[[Exception], str],
     ) -> None:
         super().__init__(None, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self.raw_headers.append((b"content-type", b"text/event-stream; charset=utf-8"))
-        self._events, self._resources = events, resources
-        self._deadline, self._last_word = deadline, last_word
+        self._call, self._events, self._last_word = call, events, last_word
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._resources:
-            sending = asyncio.ensure_future(self._send(send))
-            leaving = asyncio.ensure_future(_gone(receive))
-            try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                sending.cancel()
-                leaving.cancel()
-                results = await asyncio.gather(sending, leaving, return_exceptions=True)
-                await self._events.aclose()
-            if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
-                raise results[0]  # an OSError is a client that left while it was written to
+        async with self._call.resources:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            failure = await self._pour(receive, send)
+            if failure is not None:
+                self._call.failure = failure
+            if isinstance(failure, ClientGone):
+                return
+            with suppress(TimeoutError, OSError):
+                async with asyncio.timeout(LAST_WORD):
+                    if failure is not None:
+                        word = self._last_word(failure).encode()
+                        await send({"type": "http.response.body", "body": word, "more_body": True})
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pour(self, receive: Receive, send: Send) -> Exception | None:
+        """Sends the events; what kept it from sending all of them."""
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(_gone(receive))
+        waits: list[asyncio.Future[Any]] = [sending, leaving, self._call.stop]
+        late = False
+        try:
+            async with asyncio.timeout_at(self._call.deadline):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            late = True
+        finally:
+            whole = sending.done()
+            sending.cancel()
+            leaving.cancel()
+            found = await asyncio.gather(sending, leaving, return_exceptions=True)
+            await self._events.aclose()
+        if whole:
+            error = found[0]
+            # An OSError is a client that left while it was written to.
+            return ClientGone() if isinstance(error, OSError) else error if isinstance(error, Exception) else None
+        if late:
+            return Late("the request's deadline passed before its answer was whole")
+        return self._call.stop.result() if self._call.stop.done() else ClientGone()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        failure: Exception | None = None
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                async for event in self._events:
-                    await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        except TimeoutError:
-            failure = Late("the request's deadline passed before its answer was whole")
-        except OSError:
-            raise
-        except Exception as error:
-            # The status has gone out: the client hears of it in the stream, and the log where it is a defect.
-            failure = error
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORD):
-                if failure is not None:
-                    word = self._last_word(failure).encode()
-                    await send({"type": "http.response.body", "body": word, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
 
-async def until_gone(request: Request, deadline: float, work: Awaitable[T]) -> T:
-    """What `work` gives. Raises ClientGone once the client has left, Late after the deadline; both end the work."""
+async def until_gone(request: Request, call: Call, work: Awaitable[T]) -> T:
+    """What `work` gives. Raises ClientGone once the client has left, Late after the deadline, and what the server says
+    when it wants an end; each of these ends the work."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request.receive))
+    waits: list[asyncio.Future[Any]] = [working, leaving, call.stop]
     try:
-        async with asyncio.timeout_at(deadline):
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        async with asyncio.timeout_at(call.deadline):
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise call.stop.result() if call.stop.done() else ClientGone
         return working.result()
     except TimeoutError:
         if working.done() and not working.cancelled():

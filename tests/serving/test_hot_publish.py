@@ -81,7 +81,7 @@ def test_a_running_request_ends_with_what_it_began_with(
 
     async def run() -> tuple[str, str, int]:
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
-            options: Any = {"model": "me/casing", "messages": PROMPT, "max_tokens": 40}
+            options: Any = {"model": "me/casing", "messages": PROMPT, "max_tokens": 400}
             whole = await client.chat.completions.create(**options)
             stream = await client.chat.completions.create(**options, stream=True)
             texts = []

@@ -141,7 +141,7 @@ def test_a_streamed_text_is_the_whole_one(client: openai.OpenAI) -> None:
     [
         ({"prompt": []}, "prompt"),
         ({"prompt": [99_999]}, "is not in the vocabulary"),
-        ({"prompt": "\ud800"}, "half a surrogate"),
+        ({"prompt": "\ud800"}, "half of a surrogate pair"),
         ({"max_tokens": 0}, "max_tokens=0 needs echo=true"),
         ({"best_of": 3}, "best_of=3 is not supported"),
         ({"suffix": "end"}, "'suffix' is not supported"),
