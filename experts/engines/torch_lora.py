@@ -20,6 +20,7 @@ from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
 from xpert.experts.engines._bank import AdapterBank, ResidencyOptions
+from xpert.experts.engines._constraints import Grammars
 from xpert.experts.engines._continuations import continuation_logprobs
 from xpert.experts.engines._driving import drive
 from xpert.experts.engines._lora_plan import GateEntry
@@ -79,6 +80,7 @@ class TorchEngine:
         self._gates: dict[str, GateEntry] = {}
         self._gates_made = 0
         self._decoders: dict[str, Decoder] = {}
+        self._grammars = Grammars(lm.tokenizer, lm.stop_ids, where=lm.ref)
         self._lock = threading.Lock()
 
     @property
@@ -185,6 +187,7 @@ class TorchEngine:
             decoder,
             Chooser(request.sampling, request.prompt_ids),
             ReplyText(self.lm.tokenizer, request.sampling.stop),
+            self._grammars.guide(request.constraint, where=where) if request.constraint is not None else None,
         )
         chain = self._passes.prefixes.chain
         made.lanes = tuple(
