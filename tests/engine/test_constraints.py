@@ -63,10 +63,9 @@ def whole(engine: TorchEngine, requests: Sequence[EngineRequest]) -> dict[str, t
 
 
 @pytest.mark.parametrize("schema", [PERSON, NUMBER_OR_WORD, {"type": "boolean"}, {"const": {"é": ['"', "\\"]}}])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_replies_obey_a_schema(engine: TorchEngine, constrain: Constrain, schema: Any, temperature: float) -> None:
+def test_replies_obey_a_schema(engine: TorchEngine, constrain: Constrain, schema: Any) -> None:
     requests = [
-        constrain(str(seed), "json_schema", schema, experts=experts, seed=seed, temperature=temperature)
+        constrain(str(seed), "json_schema", schema, experts=experts, seed=seed, temperature=seed % 2)
         for seed, experts in enumerate([(), (("a", 1.0),), (("b", 0.7), ("c", 0.4)), ()])
     ]
     for text, finished in whole(engine, requests).values():
@@ -112,7 +111,7 @@ VALUES = st.recursive(
 
 
 @given(schema=VALUES, seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1.0, 5.0]))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_schema_is_obeyed(
     engine: TorchEngine, constrain: Constrain, schema: Any, seed: int, temperature: float
 ) -> None:
@@ -124,7 +123,7 @@ def test_any_schema_is_obeyed(
 
 
 def test_json_is_any_object(engine: TorchEngine, constrain: Constrain) -> None:
-    requests = [constrain(str(seed), "json", temperature=1.5, seed=seed, max_tokens=120) for seed in range(8)]
+    requests = [constrain(str(seed), "json", temperature=1.5, seed=seed, max_tokens=60) for seed in range(8)]
     found = whole(engine, requests)
     ended = [text for text, finished in found.values() if finished == "stop"]
     assert ended and all(isinstance(json.loads(text), dict) for text in ended)
@@ -203,7 +202,9 @@ def test_logprobs_are_the_models_own(
     assert re.fullmatch("[0-9]{4}", lm.tokenizer.decode([token.token for token in told], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("decoder", [Contrast("contrast", experts=()), Contrast("cfg", prompt_ids=(7, 8))])
+@pytest.mark.parametrize(
+    "decoder", [Contrast("self-contrast", {}, ()), Contrast("context-contrast", {}, prompt_ids=(7, 8))]
+)
 def test_a_contrast_is_constrained(engine: TorchEngine, constrain: Constrain, decoder: Contrast) -> None:
     """A contrast that rules tokens out may rule out all that the constraint allows."""
     request = replace(constrain("q", "json_schema", PERSON, experts=(("a", 1.0),)), contrast=decoder)
@@ -330,7 +331,7 @@ def test_requests_are_submitted_while_the_batch_runs(engine: TorchEngine, constr
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        ("jsn", "", r"constraint 'jsn'.*did you mean 'json'"),
+        ("jsn", "", r"unknown constraint 'jsn'. Did you mean 'json'"),
         ("json", "{}", "json takes no text. Use json_schema"),
         ("json_schema", "{", "the JSON schema is not JSON: "),
         ("json_schema", "[" * 30_000, "the JSON schema is not JSON: "),
@@ -391,5 +392,5 @@ def test_without_the_library(engine: TorchEngine, constrain: Constrain, monkeypa
 
 def test_a_slow_tokenizer_is_refused() -> None:
     grammars = Grammars(object(), {1}, where="base")
-    with pytest.raises(BadInput, match="base: replies of this base cannot be constrained: .*fast tokenizers"):
+    with pytest.raises(BadInput, match=r"base: replies of this base cannot be constrained: .*fast tokenizers"):
         grammars.guide(Constraint("regex", "a"), where="request q")
