@@ -729,3 +729,6 @@ class Engine(Protocol):
 
     def prompt_logprobs(self, requests: Sequence[EngineRequest], alternatives: int = 0) -> list[list[TokenLogprob]]:
         """Of each request's prompt, every token but the first with its log-probability given those before it."""
+
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Floats:
+        """float32 [n, d], rows of length 1: the base model's own view of each prompt, without experts."""
