@@ -64,7 +64,7 @@ class Tally:
 
 
 class Load:
-    """The clients of one server. Each kind of request is a method that raises AssertionError where it is served wrong."""
+    """The clients of a server. Each kind of request is a method that raises AssertionError where it is served wrong."""
 
     def __init__(self, url: str, *, seed: int = 0, tokens: int = 16) -> None:
         self.url, self.tokens = url, tokens
@@ -286,20 +286,19 @@ def run(
 ) -> Report:
     """Serves, loads, and tells. The server must end within its grace when it is told to."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                log.seek(0)
-                raise RuntimeError(f"the server did not start: {log.read()}")
-            report = asyncio.run(
-                _drive(json.loads(line)["url"], process.pid, registry, folders, seconds, clients, pause)
-            )
-            process.send_signal(signal.SIGINT)
-            status = process.wait(60)
-        finally:
-            process.kill()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            try:
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                if not line:
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not start: {log.read()}")
+                url = json.loads(line)["url"]
+                report = asyncio.run(_drive(url, process.pid, registry, folders, seconds, clients, pause))
+                process.send_signal(signal.SIGINT)
+                status = process.wait(60)
+            finally:
+                process.kill()
         log.seek(0)
         text = log.read()
     if status != 0:
@@ -428,10 +427,12 @@ def table(report: Report, given: argparse.Namespace) -> str:
     mebibytes = [size / 2**20 for size in report.memory]
     kinds = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in tally.done.most_common())
     statuses = ", ".join(f"{status}: {count:,}" for status, count in sorted(tally.statuses.items()))
+    first_tokens = ", ".join(f"{name} {value:.2f} s" for name, value in ranks.items())
+    left = ", ".join(f"{report.left.get(name)} {name}" for name in ("running", "waiting", "generations"))
     return f"""# A server under mixed load
 
-`python benchmarks/server_load.py --seconds {given.seconds:g} --clients {given.clients}`: {given.clients} clients at once
-over loopback, server and clients on the same two cores; see the script for what they do.
+`python benchmarks/server_load.py --seconds {given.seconds:g} --clients {given.clients}`: that many clients at once over
+loopback, server and clients on the same machine; the script says what they do.
 
 | | |
 |---|---|
@@ -440,10 +441,10 @@ over loopback, server and clients on the same two cores; see the script for what
 | statuses of those that were read to the end | {statuses} |
 | answers that were not as they should be | {len(tally.wrong)} |
 | turns of publishing and removing experts | {report.turns} |
-| time to first token, streams, all clients busy | {", ".join(f"{name} {value:.2f} s" for name, value in ranks.items())} |
+| time to first token, streams, all clients busy | {first_tokens} |
 | memory of the server at the start, when warm, at the end | {", ".join(f"{size:,.0f} MiB" for size in mebibytes)} |
 | growth since it was warm | {report.growth:+.1%} |
-| left at the end | {report.left.get("running")} running, {report.left.get("waiting")} waiting, {report.left.get("generations")} generation |
+| left at the end | {left} |
 """
 
 
