@@ -36,6 +36,7 @@ __all__ = [
     "NoTracing",
     "Span",
     "Tracing",
+    "http_attributes",
     "open_tracing",
     "reply_attributes",
     "request_attributes",
@@ -210,6 +211,12 @@ class _TracedSpan:
 
 
 # ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def http_attributes(method: str, route: str, status: int | None = None) -> dict[str, Attribute]:
+    """Of the request's span: `route` is the path's pattern; the status is set once there is one."""
+    found: dict[str, Attribute] = {"http.request.method": method, "http.route": route}
+    return found if status is None else {**found, "http.response.status_code": status}
 
 
 def request_attributes(operation: str, model: str, sampling: Sampling, *, stream: bool) -> dict[str, Attribute]:

@@ -11,6 +11,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv.attributes import http_attributes as http_conventions
 from opentelemetry.trace import SpanKind, StatusCode
 
 from xpert.errors import BadInput, Unavailable
@@ -18,6 +19,7 @@ from xpert.experts.server.tracing import (
     NoTracing,
     OpenTelemetry,
     Tracing,
+    http_attributes,
     open_tracing,
     reply_attributes,
     request_attributes,
@@ -106,6 +108,8 @@ def test_names_of_attributes_are_those_of_the_conventions() -> None:
     ours = request_attributes("chat", "m", Sampling(seed=1, top_k=1), stream=False)
     ours |= reply_attributes("id", "m", finished=[], prompt_tokens=0, completion_tokens=0)
     assert set(ours) <= known
+    http = {value for value in vars(http_conventions).values() if isinstance(value, str)}
+    assert set(http_attributes("GET", "/", 200)) <= http and len(http_attributes("GET", "/")) == 2
     operations = {value.value for value in gen_ai_attributes.GenAiOperationNameValues}
     assert {"chat", "text_completion", "embeddings"} <= operations
 
