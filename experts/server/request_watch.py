@@ -99,8 +99,7 @@ class RequestWatch:
         async def watched_receive() -> Message:
             nonlocal left
             message = await receive()
-            if message["type"] == "http.disconnect" and not complete:
-                left = True
+            left = left or message["type"] == "http.disconnect"
             return message
 
         async def watched_send(message: Message) -> None:
