@@ -3,7 +3,6 @@
 A plain ASGI middleware: it neither buffers a reply nor hides that a client has left, as Starlette's
 `BaseHTTPMiddleware` would. It gives every request an id, which the handlers find in `scope["state"]["request_id"]` and
 the client in the header `x-request-id`, and a `Facts`, in `scope["state"]["facts"]`, for the handlers to fill in.
-What must be given back when a request ends, whichever way it does, is left with `at_end`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CLIENT_LEFT", "Facts", "RequestWatch", "Seen", "at_end", "facts_of", "request_id_of"]
+__all__ = ["CLIENT_LEFT", "Facts", "RequestWatch", "Seen", "facts_of", "request_id_of"]
 
 log = logging.getLogger("xpert.server")
 
@@ -91,8 +89,7 @@ class RequestWatch:
         client = scope.get("client")
         seen = Seen(time.time(), _request_id(scope), client[0] if client else "-", scope["method"], scope["path"])
         state = scope.setdefault("state", {})
-        ends: list[Callable[[], object]] = []
-        state["request_id"], state["facts"], state["at_end"] = seen.id, seen.facts, ends
+        state["request_id"], state["facts"] = seen.id, seen.facts
         own_header = (b"x-request-id", seen.id.encode())
         complete = left = False
 
@@ -119,23 +116,21 @@ class RequestWatch:
         try:
             await self.app(scope, watched_receive, watched_send)
         finally:
-            for end in reversed(ends):
-                self._safely(end)
             seen.seconds = time.perf_counter() - begun
             seen.route = getattr(scope.get("route"), "path", None)
             if not complete:
                 seen.ended = "left" if left else "failed"
             if not seen.status or (left and not complete and not seen.bytes):
                 seen.status = CLIENT_LEFT if left else 500
-            for hear in self._hear:
-                self._safely(partial(hear, seen))
+            self._tell(seen)
 
-    def _safely(self, do: Callable[[], object]) -> None:
-        try:
-            do()
-        except Exception:
-            # A full disk under the log, say: the request itself was served, and the others must hear of it too.
-            log.exception("what follows a request's end failed")
+    def _tell(self, seen: Seen) -> None:
+        for hear in self._hear:
+            try:
+                hear(seen)
+            except Exception:
+                # A full disk under the log, say: the request itself was served, and the others must hear of it too.
+                log.exception("a request that has ended could not be noted")
 
 
 def facts_of(scope: Scope) -> Facts:
@@ -143,18 +138,6 @@ def facts_of(scope: Scope) -> Facts:
     found = scope.setdefault("state", {}).setdefault("facts", Facts())
     assert isinstance(found, Facts)
     return found
-
-
-def at_end(scope: Scope, do: Callable[[], object]) -> None:
-    """Has `do` called once the request has ended: the last left first, and before the request is noted.
-
-    The body of a streamed reply is no place to give back what its handler took: a client that leaves before the first
-    piece is asked for lets it never run. Raises RuntimeError where nobody watches.
-    """
-    ends = scope.get("state", {}).get("at_end")
-    if ends is None:
-        raise RuntimeError("no RequestWatch is around this application")
-    ends.append(do)
 
 
 def request_id_of(scope: Scope) -> str:

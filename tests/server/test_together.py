@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from xpert.errors import XpertError
 from xpert.experts.server.access_log import AccessLog, json_line
@@ -29,10 +30,22 @@ from xpert.experts.server.failures import Busy, Denied, Late, TooLarge, failure_
 from xpert.experts.server.key_file import add_key, remove_key
 from xpert.experts.server.limits import KeyLimits
 from xpert.experts.server.metrics import Moment, ServerMetrics
-from xpert.experts.server.request_watch import RequestWatch, at_end, facts_of, request_id_of
+from xpert.experts.server.request_watch import RequestWatch, facts_of, request_id_of
 from xpert.experts.server.tracing import OpenTelemetry, http_attributes
 
 SECRET = "the words of a prompt"
+
+
+class _Holding(StreamingResponse):
+    """Gives back what was taken for it, though the client may leave before the first piece is asked for."""
+
+    def __init__(self, taken: ExitStack, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.taken = taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.taken:
+            await super().__call__(scope, receive, send)
 
 
 class Service:
@@ -64,13 +77,13 @@ class Service:
         facts.key_name = holder.name
         body = await read_json(request, most=2000, seconds=0.1)
         told: asyncio.Queue[XpertError] = asyncio.Queue()
-        taken = ExitStack()
-        at_end(request.scope, taken.close)
-        taken.enter_context(self.draining.request(told.put_nowait))
-        taken.enter_context(
-            self.tracing.request("POST /chat", request.scope["headers"], http_attributes("POST", "/chat"))
-        )
-        admission = taken.enter_context(self.limits.admit(holder, body["max_tokens"]))
+        with ExitStack() as stack:
+            stack.enter_context(
+                self.tracing.request("POST /chat", request.scope["headers"], http_attributes("POST", "/chat"))
+            )
+            admission = stack.enter_context(self.limits.admit(holder, body["max_tokens"]))
+            stack.enter_context(self.draining.request(told.put_nowait))
+            taken = stack.pop_all()  # nothing was refused: the reply holds them from here on
         headers = {**self.limits.headers(holder), "x-experts": "me/dates"}
         facts.model, facts.model_kind, facts.experts = "pair", "mixture", ("me/dates",)
 
@@ -80,7 +93,7 @@ class Service:
             if body.get("long"):
                 yield f"data: {await told.get()}\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+        return _Holding(taken, events(), headers)
 
 
 class Running:
