@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,11 @@ def test_a_request_is_a_trace(stream: bool, pair: Mixture, serve: Callable[..., 
     url = f"{served.url}/v1/chat/completions"
     reply = httpx.post(url, json={**ASK, "stream": stream, "temperature": 0.5, "seed": 7}, headers=headers)
     assert reply.status_code == 200
+    end = time.monotonic() + 10
+    while (
+        len(exporter.get_finished_spans()) < 4 and time.monotonic() < end
+    ):  # the client has its reply a little earlier
+        time.sleep(0.01)
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"POST /v1/chat/completions", "route", "queue", "generate"}
     request = spans.pop("POST /v1/chat/completions")
