@@ -34,7 +34,7 @@ from xpert.experts.server.request_watch import facts_of
 from xpert.experts.server.schema import ParameterError
 from xpert.experts.server.streams import EventStream, merged, until_gone, with_first
 from xpert.experts.server.token_texts import TokenTexts
-from xpert.experts.server.tracing import route_attributes
+from xpert.experts.server.tracing import http_attributes, route_attributes
 from xpert.protocols import Constraint, Piece, RouteRequest, Sampling, TokenLogprob
 
 __all__ = ["Events", "Pieces", "Service", "check_many"]
@@ -129,7 +129,8 @@ class Service:
             generation = resources.enter_context(self.generations.hold())
             id = f"{kind}-{uuid.uuid4().hex}"
             name = f"{request.method} {request.url.path}"
-            span = self.operation.tracing.request(name, request.scope["headers"], {"gen_ai.request.model": model})
+            about = {**http_attributes(request.method, request.url.path), "gen_ai.request.model": model}
+            span = self.operation.tracing.request(name, request.scope["headers"], about)
             facts = facts_of(request.scope)
             call = Call(id, model, generation, deadline, resources, span, facts, stop, holder, places=places)
             self._calls[id] = call
