@@ -48,7 +48,13 @@ def command(
 
         from xpert.experts.server.opening import open_app, source_of
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+        if error.name is None or error.name.partition(".")[0] not in (
+            "fastapi",
+            "prometheus_client",
+            "pydantic",
+            "starlette",
+            "uvicorn",
+        ):
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
     from xpert.experts.server.draining import DrainingServer

@@ -6,7 +6,7 @@ import math
 
 from xpert.errors import BadInput, Unavailable, XpertError
 
-__all__ = ["Busy", "Denied", "Late", "TooLarge", "failure_headers"]
+__all__ = ["Busy", "Denied", "Forbidden", "Late", "TooLarge", "failure_headers"]
 
 
 class Denied(BadInput):
@@ -15,6 +15,14 @@ class Denied(BadInput):
     http_status = 401
     kind = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(BadInput):
+    """The key may not ask for this model."""
+
+    http_status = 403
+    kind = "permission_error"
+    code = "model_not_allowed"
 
 
 class TooLarge(BadInput):

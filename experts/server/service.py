@@ -21,7 +21,7 @@ from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
 from xpert.experts.server.calls import Call, Heard, Reply
 from xpert.experts.server.errors import error_event
-from xpert.experts.server.failures import Denied
+from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
 from xpert.experts.server.metrics import Moment, engine_figures
 from xpert.experts.server.model_names import Asked, Way, parse_model
@@ -139,7 +139,7 @@ class Service:
             facts.model = model
             facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
             if holder is not None and not holder.allows(_plain_name(model, generation)):
-                raise Denied(f"this key may not ask for {model!r}")
+                raise Forbidden(f"this key may not ask for {model!r}")
         except BaseException:
             await resources.aclose()
             raise
