@@ -14,6 +14,9 @@ from xpert.experts.server.options import ServeOptions
 
 __all__ = ["command"]
 
+SERVED_BY = frozenset({"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"})
+"""What the extra `serve` brings."""
+
 
 @click.command("serve")
 @click.argument("mixture", metavar="MIXTURE")
@@ -48,13 +51,7 @@ def command(
 
         from xpert.experts.server.opening import open_app, source_of
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in (
-            "fastapi",
-            "prometheus_client",
-            "pydantic",
-            "starlette",
-            "uvicorn",
-        ):
+        if error.name is None or error.name.partition(".")[0] not in SERVED_BY:
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
     from xpert.experts.server.draining import DrainingServer
