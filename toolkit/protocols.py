@@ -324,10 +324,11 @@ class RouteRequest:
 class RoutableExpert:
     """What a router may know of an expert.
 
-    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
-    its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
-    else they are empty. `keyword_votes`: keyword -> (right, wrong) of its profile by keywords. `prototypes`: identity
-    of an embedder -> (label of each centroid, centroids float32 [c, d] of length 1), as `xpert prototypes` made them.
+    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), then its pilots:
+    prompts it has served well. `skill_scores`: its profile (skill -> score, as far as it is profiled).
+    `exemplar_skills` follow `exemplars` where they are known, else they are empty. `keyword_votes`: keyword -> (right,
+    wrong) of its profile by keywords. `prototypes`: identity of an embedder -> (label of each centroid, centroids
+    float32 [c, d] of length 1), as `xpert prototypes` made them.
     `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known.
     """
 
