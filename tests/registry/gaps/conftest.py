@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from xpert.experts.mixture import assemble, open_expert, write_mixture
 from xpert.experts.server.request_log import RequestRecord
 from xpert.protocols import Candidate
 from xpert.records import Message
+from xpert.registry.card import EXEMPLARS_FILE, ExpertCard
+from xpert.storage import hash_file
 
 NOON = 1_764_504_000.0
 
@@ -93,3 +97,26 @@ def write_log(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def mixture_file(expert: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A mixture of experts for casing and reversal, whose exemplars share little with the log's prompts."""
+
+    def make(name: str = "three") -> Path:
+        forms = {"casing": "Write the word {0} in capitals.", "reversal": "Spell the word {0} backwards."}
+        members = []
+        for seed, (skill, form) in enumerate(forms.items()):
+            folder = expert(skill, seed=seed, skills=(skill,))
+            words = ("tree", "house", "river", "stone", "cloud", "meadow", "bridge", "lantern")
+            lines = [{"prompt": form.format(word), "skill": skill, "kind": "shot"} for word in words]
+            (folder / EXEMPLARS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            card = ExpertCard.read(folder)
+            files = {**card.files, EXEMPLARS_FILE: hash_file(folder / EXEMPLARS_FILE)}
+            dataclasses.replace(card, files=files).write(folder)
+            members.append(open_expert(folder))
+        path = tmp_path / f"{name}.json"
+        write_mixture(path, assemble(members, router="centroid", name=name))
+        return path
+
+    return make
