@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _DAYS = 14
-_EXAMPLE = 100
+_GAPS = 15
+_EXAMPLE = 60
 
 
 @click.command()
@@ -98,7 +99,10 @@ def _shown(report: GapsReport, out: Path | None) -> list[str]:
         lines += ["", table(("DAY", "ROUTED", "FELL BACK"), rows)]
     lines.append("")
     if found.gaps:
-        lines += [_gaps(found.gaps), ""]
+        lines.append(_gaps(found.gaps[:_GAPS]))
+        if len(found.gaps) > _GAPS:
+            lines.append(f"and {len(found.gaps) - _GAPS:,} more, which --json and gaps.json hold")
+        lines.append("")
     if found.withheld:
         lines.append(
             f"{found.withheld:,} unserved requests lie in clusters of fewer than {report.options.min_prompts} prompts, "

@@ -38,8 +38,9 @@ def test_planted_tasks_are_found_and_ranked_by_traffic_times_lack_of_fit(planted
     records = planted()
     found = find_gaps(records, TWO)
     knitting, chess = found.gaps
-    assert tasks_of(prompt.text for prompt in knitting.chosen) == {"knitting": 30}
-    assert tasks_of(prompt.text for prompt in chess.chosen) == {"chess": 12}
+    assert tasks_of(prompt.text for prompt in knitting.chosen) == {"knitting": len(knitting.chosen)}
+    assert tasks_of(prompt.text for prompt in chess.chosen) == {"chess": len(chess.chosen)}
+    assert 20 <= len(knitting.chosen) <= 30 and 8 <= len(chess.chosen) <= 12
     assert (knitting.prompts, knitting.requests) == (30, 30)
     assert knitting.share == 30 / 82
     # All that fell back score alike, under the 40 that were served.
@@ -67,8 +68,8 @@ def test_what_is_served_is_in_no_gap(planted: Planted, seed: int, below: float |
     found = find_gaps(records, GapOptions(below=below, min_prompts=1, near=1.0))
     told = {prompt.text for gap in found.gaps for prompt in gap.chosen}
     served = {r.messages[0].content for r in records if r.experts and (below is None or (r.chance or 0) >= below)}
-    assert not told & served
-    assert len(told) == len(records) - len(served)
+    assert told and not told & served
+    assert sum(gap.requests for gap in found.gaps) == len(records) - len(served)
 
 
 def test_traffic_decides_between_equal_fits_and_fit_between_equal_traffic(planted: Planted, tasks_of: Tasks) -> None:
@@ -161,11 +162,14 @@ def test_those_that_stand_for_a_cluster_begin_with_its_centre_and_are_different(
     rows = normalise(np.random.default_rng(seed).normal(size=(n, 4)))
     centroid = normalise(rows.mean(axis=0, keepdims=True))[0]
     chosen = central_first(rows, centroid, count)
-    assert len(chosen) == len(set(chosen)) == min(n, count)
-    assert rows[chosen[0]] @ centroid == pytest.approx((rows @ centroid).max(), abs=1e-5)
+    central = np.round(rows @ centroid, 6)
+    standing = [row for row in range(n) if central[row] >= central.mean() - central.std() - 1e-6]
+    assert set(chosen) <= set(standing)
+    assert len(chosen) == len(set(chosen)) == min(len(standing), count)
+    assert central[chosen[0]] == pytest.approx(central.max(), abs=1e-5)
     slow = [chosen[0]]
-    while len(slow) < min(n, count):
-        left = [row for row in range(n) if row not in slow]
+    while len(slow) < len(chosen):
+        left = [row for row in standing if row not in slow]
         worth = {
             row: 0.6 * round(float(rows[row] @ centroid), 6)
             - 0.4 * max(0.0, *(round(float(rows[row] @ rows[other]), 6) for other in slow))
