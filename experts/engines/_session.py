@@ -104,6 +104,11 @@ class Session:
             return frozenset(self._ids)
 
     @property
+    def running(self) -> int:
+        """Rows in the batch; the other requests wait for a place."""
+        return len(self._batch.lanes)
+
+    @property
     def idle(self) -> bool:
         with self._lock:
             return not self._ids

@@ -131,6 +131,11 @@ class TorchEngine:
             self._gates_made += 1
             self._gates[key] = GateEntry(key, self._gates_made, gate)
 
+    def remove_gate(self, key: str) -> None:
+        """Forgets a gate; requests in flight behind it end as they began. An unknown key is no error."""
+        with self._lock:
+            self._gates.pop(key, None)
+
     def close(self) -> None:
         """Ends the background loading and drops all experts; the base model stays as it is."""
         self._bank.close()
