@@ -324,11 +324,13 @@ class RouteRequest:
 class RoutableExpert:
     """What a router may know of an expert.
 
-    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
-    its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
-    else they are empty. `keyword_votes`: keyword -> (right, wrong) of its profile by keywords. `prototypes`: identity
-    of an embedder -> (label of each centroid, centroids float32 [c, d] of length 1), as `xpert prototypes` made them.
-    `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known.
+    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), then its pilots:
+    prompts it has served well. `skill_scores`: its profile (skill -> score, as far as it is profiled).
+    `exemplar_skills` follow `exemplars` where they are known, else they are empty. `keyword_votes`: keyword -> (right,
+    wrong) of its profile by keywords. `prototypes`: identity of an embedder -> (label of each centroid, centroids
+    float32 [c, d] of length 1), as `xpert prototypes` made them.
+    `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known. pilots: how many
+    of the exemplars, the last ones, are pilots.
     """
 
     key: str
@@ -340,6 +342,7 @@ class RoutableExpert:
     keyword_votes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     prototypes: Mapping[str, tuple[tuple[str, ...], Floats]] = field(default_factory=dict, compare=False)
     costs: Mapping[str, float] = field(default_factory=dict)
+    pilots: int = 0
 
 
 @dataclass(frozen=True)

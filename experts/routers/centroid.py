@@ -64,11 +64,12 @@ class CentroidOptions(Config):
 
 @dataclass(frozen=True)
 class _Group:
-    """The exemplars of one skill of one expert."""
+    """The exemplars of one skill of one expert, its pilots apart from those of its training."""
 
     expert: str
     label: str
     texts: tuple[str, ...]
+    pilots: tuple[str, ...] = ()
 
 
 class CentroidRouter:
@@ -105,7 +106,7 @@ class CentroidRouter:
                     f"expert {expert.key!r} has no exemplars, which router centroid needs",
                     hint="train it with shots, or mix with --router fixed",
                 )
-            self.groups += [_Group(expert.key, label, texts) for label, texts in sorted(_by_skill(expert).items())]
+            self.groups += _groups_of(expert)
         if not self.groups:
             return
         embedder = self._new_embedder()
@@ -154,7 +155,8 @@ class CentroidRouter:
         out of the space that scores them (every FOLDS-th of each group in turn). Own exemplars alone would set the
         threshold too high: they share their wordings, so left-out ones fit better than a user's own words do. Where
         others reach as high as its own, a skill keeps to its own; without other experts the strongest counts as 0. A
-        skill with fewer than ENOUGH left-out exemplars takes the quantile of all skills together.
+        skill with fewer than ENOUGH left-out exemplars takes the quantile of all skills together. Pilots are left out
+        of all this: they were picked for lying far from the others, and would set the threshold too low.
         """
         own: list[list[float]] = [[] for _ in self.groups]
         others: list[list[float]] = [[] for _ in self.groups]
@@ -191,9 +193,10 @@ class _Space:
     """Groups in an embedding space: texts -> the score of each group."""
 
     def __init__(self, groups: Sequence[_Group], embedder: Embedder, mode: str, *, fit: bool) -> None:
-        texts = [text for group in groups for text in group.texts]
-        ends = np.cumsum([len(group.texts) for group in groups]).tolist()
-        self.parts = [slice(end - len(group.texts), end) for group, end in zip(groups, ends, strict=True)]
+        each = [(*group.texts, *group.pilots) for group in groups]
+        texts = [text for own in each for text in own]
+        ends = np.cumsum([len(own) for own in each]).tolist()
+        self.parts = [slice(end - len(own), end) for own, end in zip(each, ends, strict=True)]
         embedder.fit(texts)
         self.embedder, self.mode = embedder, mode
         self.exemplars = embedder.embed(texts)
@@ -213,14 +216,19 @@ class _Space:
         return scores
 
 
-def _by_skill(expert: RoutableExpert) -> dict[str, tuple[str, ...]]:
-    """label -> exemplars. Without labels, all exemplars of an expert are one group that bears its key."""
+def _groups_of(expert: RoutableExpert) -> list[_Group]:
+    """By label. Without labels, all exemplars of an expert are one group that bears its key."""
     labels = expert.exemplar_skills or ("",) * len(expert.exemplars)
-    groups: dict[str, list[str]] = {}
-    for text, skill in zip(expert.exemplars, labels, strict=True):
+    trained = len(expert.exemplars) - expert.pilots
+    texts: dict[str, list[str]] = {}
+    pilots: dict[str, list[str]] = {}
+    for place, (text, skill) in enumerate(zip(expert.exemplars, labels, strict=True)):
         if text.strip():
-            groups.setdefault(skill or expert.key, []).append(text)
-    return {label: tuple(texts) for label, texts in groups.items()}
+            (texts if place < trained else pilots).setdefault(skill or expert.key, []).append(text)
+    return [
+        _Group(expert.key, label, tuple(texts.get(label, ())), tuple(pilots.get(label, ())))
+        for label in sorted({**texts, **pilots})
+    ]
 
 
 def _without(texts: Sequence[str], fold: int) -> tuple[str, ...]:
