@@ -54,6 +54,9 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
         made: Router = plugin(options, seed=seed, device=device)
         return made
     if mixture.router_state is None:
+        if getattr(plugin, "untrained", _never)(options):
+            made = plugin(options, state=None, seed=seed, device=device)
+            return made
         raise BadInput(
             f"router {mixture.router} has to be trained for this mixture first",
             hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
@@ -61,6 +64,10 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
     state = read_router_state(mixture.router_state.file)
     learned: Router = plugin(options, state=state, seed=seed, device=device)
     return learned
+
+
+def _never(options: Any) -> bool:
+    return False
 
 
 def route_request(row: Row) -> RouteRequest:
