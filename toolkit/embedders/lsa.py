@@ -58,9 +58,9 @@ class Lsa:
         self._seed = context.seed
         self._terms: list[str] | None = None
         self._idf = np.zeros(0, np.float32)
-        self._axes = np.zeros((0, 1), np.float32)
-        """[terms, d]: a row a term, since a product with its transpose would copy it whole for every single text."""
-        self._counter: CountVectorizer | None = None
+        self._coordinates = np.zeros((0, 1), np.float32)
+        """[terms, d]: row by row what a term adds to a text, so that a product with a few texts copies nothing."""
+        self._reader: CountVectorizer | None = None
 
     @property
     def identity(self) -> str:
@@ -74,7 +74,8 @@ class Lsa:
     def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         from sklearn.feature_extraction.text import CountVectorizer
 
-        settings, self._counter = self._settings, None
+        self._reader = None
+        settings = self._settings
         vectorizer = CountVectorizer(
             ngram_range=settings.words,
             token_pattern=settings.pattern,
@@ -89,15 +90,15 @@ class Lsa:
             if "empty vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
                 raise
             self._terms = []
-            return np.zeros((len(texts), self._axes.shape[1]), np.float32)
+            return np.zeros((len(texts), self._coordinates.shape[1]), np.float32)
         counts.sort_indices()  # as `transform` has them, so that both sum in one order and agree to the bit
         self._terms = vectorizer.get_feature_names_out().tolist()
         rows_with = np.bincount(counts.indices, minlength=len(self._terms))
         self._idf = (np.log((1 + len(texts)) / (1 + rows_with)) + 1).astype(np.float32)
         matrix = self._weigh(counts)
         progress.say(f"reducing {matrix.shape[1]:,} terms to {self._rank(*matrix.shape)} dimensions")
-        self._axes = self._main_axes(matrix)
-        return normalise(matrix @ self._axes)
+        self._coordinates = self._main_axes(matrix)
+        return normalise(matrix @ self._coordinates)
 
     def _rank(self, rows: int, terms: int) -> int:
         fit = max(_FEWEST_DIMENSIONS, rows // self._settings.rows_per_dimension)
@@ -120,42 +121,42 @@ class Lsa:
         """Texts -> [n, d]; a text without a known term gives a zero row. Raises RuntimeError before `fit`."""
         if self._terms is None:
             raise RuntimeError("lsa embeds only after fit")
-        rows = np.zeros((len(texts), self._axes.shape[1]), np.float32)
+        rows = np.zeros((len(texts), self._coordinates.shape[1]), np.float32)
         if not self._terms:
             return rows
-        vectorizer = self._vectorizer()
+        reader = self._opened_reader(self._terms)
         with progress.task("embedding (lsa)", total=len(texts)) as task:
             for start in range(0, len(texts), _BLOCK):
                 block = texts[start : start + _BLOCK]
-                matrix = self._weigh(vectorizer.transform(block))
-                rows[start : start + len(block)] = normalise(matrix @ self._axes)
+                matrix = self._weigh(reader.transform(block))
+                rows[start : start + len(block)] = normalise(matrix @ self._coordinates)
                 task.advance(len(block))
         return rows
 
-    def _vectorizer(self) -> CountVectorizer:
-        """Kept between calls: making one costs more than embedding a text."""
+    def _opened_reader(self, terms: Sequence[str]) -> CountVectorizer:
+        """Texts -> counts of the terms. Kept: looking 60,000 terms through takes longer than embedding a text."""
         from sklearn.feature_extraction.text import CountVectorizer
 
-        if self._counter is None:
-            self._counter = CountVectorizer(
+        if self._reader is None:
+            self._reader = CountVectorizer(
                 ngram_range=self._settings.words,
                 token_pattern=self._settings.pattern,
-                vocabulary={term: index for index, term in enumerate(self._terms or ())},
+                vocabulary={term: index for index, term in enumerate(terms)},
                 dtype=np.float32,
             )
-        return self._counter
+        return self._reader
 
     def state(self) -> dict[str, NDArray[Any]]:
         if self._terms is None:
             raise RuntimeError("lsa has no state before fit")
         terms = np.frombuffer("\n".join(self._terms).encode(), np.uint8)
-        return {"terms": terms, "idf": self._idf, "axes": np.ascontiguousarray(self._axes.T)}
+        return {"terms": terms, "idf": self._idf, "axes": np.ascontiguousarray(self._coordinates.T)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         joined = bytes(state["terms"]).decode()
         self._terms = joined.split("\n") if joined else []
-        self._idf, self._axes = np.asarray(state["idf"]), np.ascontiguousarray(np.asarray(state["axes"]).T)
-        self._counter = None
+        self._idf, self._coordinates = np.asarray(state["idf"]), np.ascontiguousarray(np.asarray(state["axes"]).T)
+        self._reader = None
 
     def _weigh(self, counts: csr_matrix) -> csr_matrix:
         """Counts -> (1 + log count) · idf, rows of length 1."""
