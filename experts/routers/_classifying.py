@@ -1,7 +1,6 @@
 """Category classifiers over prompt embeddings: fitted by scikit-learn, applied by numpy.
 
-Both give probabilities [n, c] from embeddings [n, d], and say of a prompt that is like none, whose embedding lies near
-zero, how often each category comes.
+Both give probabilities [n, c] from embeddings [n, d].
 """
 
 from __future__ import annotations

@@ -87,8 +87,9 @@ def finite(seen: Observed, name: str) -> Floats64:
     wrong = np.argwhere(~np.isfinite(table))
     if len(wrong):
         row, column = wrong[0]
+        one = {"scores": "score", "losses": "loss"}[name]
         raise BadInput(
-            f"the observed {name.removesuffix('es').removesuffix('s')} of {seen.subjects[column]!r} on prompt "
+            f"the observed {one} of {seen.subjects[column]!r} on prompt "
             f"{seen.requests[row].id!r} is {table[row, column]}",
             hint="observe it again, or leave that prompt out",
         )
@@ -151,5 +152,5 @@ def places_of(router: str, experts: Sequence[RoutableExpert], subjects: Sequence
 def untrained(router: str) -> BadInput:
     return BadInput(
         f"router {router} has to be trained for this mixture first",
-        hint=f"xpert router train MIXTURE --on SUITE --router {router} -o FILE",
+        hint=f"run: xpert router train MIXTURE --on SUITE --router {router} -o FILE",
     )

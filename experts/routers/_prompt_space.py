@@ -18,22 +18,24 @@ from xpert.protocols import Floats, RouterState
 __all__ = ["PromptSpace"]
 
 _PREFIX = "embedder."
+_MEAN = "mean"
 _WORD = re.compile(r"\w+")
 
 
 class PromptSpace:
     """Prompts -> float32 [n, d], of length 1 or less.
 
-    With an embedder that was fitted on the training prompts (lsa), a row is as long as the prompt is familiar (see
-    `Familiarity`): one of foreign words lies near zero, where a linear model says what it says of nothing in
-    particular. A prompt costs one embedding.
+    With an embedder that was fitted on the training prompts (lsa), a row is drawn towards their mean, the more the less
+    familiar its words are (see `Familiarity`): of a prompt that shares only a question mark with them, a linear model
+    says what it says on average. `towards` "zero" instead makes its cosines small. A prompt costs one embedding.
     """
 
-    def __init__(self, spec: str, *, base: str | None, seed: int, device: str) -> None:
-        self.spec = spec
+    def __init__(self, spec: str, *, base: str | None, seed: int, device: str, towards: str = "mean") -> None:
+        self.spec, self.towards = spec, towards
         self._embedder = open_embedder(spec, base=base, device=device, seed=seed)
         self._rows = 0
         self._familiarity: Familiarity | None = None
+        self._mean = np.zeros(0, np.float32)
 
     def fit(self, prompts: Sequence[str]) -> Floats:
         """Learns from the training prompts and embeds them."""
@@ -41,19 +43,23 @@ class PromptSpace:
         if not isinstance(self._embedder, FittedEmbedder):
             self._embedder.fit(prompts)
             return self._embedder.embed(prompts)
-        self._embedder.fit_embed(prompts)
+        self._mean = self._embedder.fit_embed(prompts).mean(axis=0)
         self._know_words(self._embedder.state())
         return self.embed(prompts)
 
     def embed(self, prompts: Sequence[str]) -> Floats:
         rows = self._embedder.embed(prompts)
-        return rows if self._familiarity is None else rows * self._familiarity.of(prompts)[:, None]
+        if self._familiarity is None:
+            return rows
+        known = self._familiarity.of(prompts)[:, None]
+        return known * rows if self.towards == "zero" else known * rows + (1 - known) * self._mean
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What `restore` needs beside `facts`; nothing for an embedder that came trained."""
         if not isinstance(self._embedder, FittedEmbedder):
             return {}
-        return {_PREFIX + name: tensor for name, tensor in self._embedder.state().items()}
+        state = {**self._embedder.state(), _MEAN: self._mean}
+        return {_PREFIX + name: tensor for name, tensor in state.items()}
 
     def facts(self) -> dict[str, Any]:
         return {"spec": self.spec, "identity": self._embedder.identity, "rows": self._rows}
@@ -77,6 +83,7 @@ class PromptSpace:
             return
         own = {k.removeprefix(_PREFIX): np.asarray(v) for k, v in state.tensors.items() if k.startswith(_PREFIX)}
         try:
+            self._mean = own[_MEAN]
             self._embedder.restore(own)
             self._know_words(own)
         except (KeyError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,20 @@ from numpy.typing import NDArray
 
 from xpert.protocols import Floats
 
-__all__ = ["PENALTIES", "Mlp", "Ridge", "left_out_errors"]
+__all__ = ["PENALTIES", "LeftOut", "Mlp", "Ridge", "left_out_residuals"]
 
 Floats64 = NDArray[np.float64]
 
 PENALTIES = tuple(10.0**power for power in (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4))
 """Ridge penalties tried, in the units of a sum of squares over prompts; embeddings have length 1 at most."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was predicted of training prompts by fits that did not see them: rows [k] int64, predicted [k, m]."""
+
+    rows: NDArray[np.int64]
+    predicted: Floats64
 
 
 @dataclass(frozen=True)
@@ -29,20 +38,23 @@ class Ridge:
     error: float
 
     @classmethod
-    def fit(cls, rows: Floats, targets: Floats64) -> Ridge:
+    def fit(cls, rows: Floats, targets: Floats64) -> tuple[Ridge, LeftOut]:
         """rows [n, d], targets [n, m]. The penalty is that with the least error on prompts left out one by one, which
-        costs nothing extra (see `left_out_errors`). Of one prompt, its targets are all that is known: weights 0.
-        Time O(n d min(n, d))."""
+        takes no fits of its own (see `left_out_residuals`). Of one prompt, its targets are all that is known: weights
+        0. Time O(n d min(n, d) + penalties n d m)."""
         x = rows.astype(np.float64)
         if len(x) == 1:
-            return cls(np.zeros((x.shape[1], targets.shape[1])), targets[0], PENALTIES[-1], 0.0)
-        errors = left_out_errors(x, targets, PENALTIES)
+            nothing = LeftOut(np.zeros(0, np.int64), np.zeros((0, targets.shape[1])))
+            return cls(np.zeros((x.shape[1], targets.shape[1])), targets[0], PENALTIES[-1], 0.0), nothing
+        errors = np.array([float((residual**2).mean()) for residual in left_out_residuals(x, targets, PENALTIES)])
         best = int(np.argmin(np.round(errors, 12)))
+        (residual,) = left_out_residuals(x, targets, PENALTIES[best : best + 1])
         middle, centre = x.mean(axis=0), targets.mean(axis=0)
         left, strengths, right = np.linalg.svd(x - middle, full_matrices=False)
         shrunk = strengths / (strengths**2 + PENALTIES[best])
         weights = right.T @ (shrunk[:, None] * (left.T @ (targets - centre)))
-        return cls(weights, centre - middle @ weights, PENALTIES[best], float(np.sqrt(errors[best])))
+        made = cls(weights, centre - middle @ weights, PENALTIES[best], float(np.sqrt(errors[best])))
+        return made, LeftOut(np.arange(len(x)), targets - residual)
 
     def predict(self, rows: Floats) -> Floats64:
         found: Floats64 = rows.astype(np.float64) @ self.weights + self.bias
@@ -59,22 +71,19 @@ class Ridge:
         return cls(tensors["head.weights"], tensors["head.bias"], float("nan"), float("nan"))
 
 
-def left_out_errors(rows: Floats64, targets: Floats64, penalties: tuple[float, ...]) -> Floats64:
-    """Per penalty the mean square error of each prompt's targets under the fit without it.
+def left_out_residuals(rows: Floats64, targets: Floats64, penalties: Sequence[float]) -> Iterator[Floats64]:
+    """Per penalty, [n, m]: each prompt's targets less what the fit without that prompt predicts.
 
-    Of a linear smoother it is the residual divided by 1 - leverage (Allen 1974), the intercept included.
+    Of a linear smoother that is the residual divided by 1 - leverage (Allen 1974), the intercept included.
     """
     n = len(rows)
     left, strengths, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     centred = targets - targets.mean(axis=0)
     projected = left.T @ centred
-    errors = []
     for penalty in penalties:
         kept = strengths**2 / (strengths**2 + penalty)
         leverage = (left**2) @ kept + 1 / n
-        residual = (centred - left @ (kept[:, None] * projected)) / np.maximum(1 - leverage, 1e-12)[:, None]
-        errors.append(float((residual**2).mean()))
-    return np.array(errors)
+        yield (centred - left @ (kept[:, None] * projected)) / np.maximum(1 - leverage, 1e-12)[:, None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Mlp:
     epochs: int
 
     @classmethod
-    def fit(cls, rows: Floats, targets: Floats64, *, width: int, epochs: int, seed: int) -> Mlp:
+    def fit(cls, rows: Floats, targets: Floats64, *, width: int, epochs: int, seed: int) -> tuple[Mlp, LeftOut]:
         """Adam on the mean square error of standardised targets, by torch on the CPU. Of all epochs that with the least
         error on every fifth prompt of a shuffled order; below 20 prompts, the last. Time O(epochs n d width)."""
         import torch
@@ -132,10 +141,9 @@ class Mlp:
                 best, best_error, best_epoch = [part.detach().clone() for part in parts], error, epoch
         hidden, hidden_bias, out, out_bias = (part.numpy().astype(np.float64) for part in best)
         made = cls(hidden * spread, hidden_bias, out * scale, out_bias * scale + centre, float("nan"), best_epoch)
-        if not len(held):
-            return made
-        error = float(np.sqrt(((made.predict(rows[held]) - targets[held]) ** 2).mean()))
-        return cls(made.hidden, made.hidden_bias, made.out, made.out_bias, error, best_epoch)
+        predicted = made.predict(rows[held])
+        error = float(np.sqrt(((predicted - targets[held]) ** 2).mean())) if len(held) else float("nan")
+        return dataclasses.replace(made, error=error), LeftOut(held.astype(np.int64), predicted)
 
     def predict(self, rows: Floats) -> Floats64:
         inside = np.maximum(rows.astype(np.float64) @ self.hidden + self.hidden_bias, 0)

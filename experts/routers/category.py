@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput, Corrupt
 from xpert.experts.routers._category_budget import kept_experts
-from xpert.experts.routers._choice import ranked_array, softmax_weights
+from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
 from xpert.experts.routers._classifying import Knn, Logistic
 from xpert.experts.routers._learning import (
     BASE,
@@ -91,7 +91,8 @@ class CategoryRouter:
         self, options: CategoryOptions, *, state: RouterState | None = None, seed: int = 0, device: str = "auto"
     ) -> None:
         self.options, self.seed = options, seed
-        self.space = PromptSpace(options.embedder, base=options.base, seed=seed, device=device)
+        towards = "zero" if options.classifier == "knn" else "mean"  # nearest prompts vote with their cosines
+        self.space = PromptSpace(options.embedder, base=options.base, seed=seed, device=device, towards=towards)
         self.labels: list[str] = []
         self.subjects: tuple[str, ...] = ()
         self.classifier: Logistic | Knn | None = None
@@ -226,9 +227,11 @@ class _Plan:
 
 def _plan(keys: Sequence[str], scores: Floats64, base: float, kept: set[int], options: CategoryOptions) -> _Plan:
     """scores [m] follow the sorted keys; candidates are all experts, and those kept that beat the base may answer."""
-    candidates = ranked_array(keys, scores)
-    usable = {keys[place] for place in kept}
-    chosen = [c for c in candidates if c.expert in usable and c.score > base][: options.top]
+    usable = np.array(sorted(place for place in kept if scores[place] > base), dtype=np.int64)
+    best = usable[best_places(scores[usable], options.top)]
+    chosen = candidates_at(best, keys, scores)
+    listed = np.union1d(best_places(scores, SHOWN), best)  # under a budget the chosen need not be among the best
+    candidates = candidates_at(listed[best_places(scores[listed], len(listed))], keys, scores)
     if not chosen:
         why = "no expert is" if len(kept) == len(keys) else "no expert within the budget is"
         return _Plan((), candidates, f"{why} better than the base, {base:.2f}; the base answers")

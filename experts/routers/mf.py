@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from xpert.config import Config, option
 from xpert.errors import BadInput, Corrupt
-from xpert.experts.routers._choice import ranked_array, softmax_weights
+from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
 from xpert.experts.routers._factors import Factors, Training, train_factors, winning_pairs
 from xpert.experts.routers._learning import (
     Floats64,
@@ -123,7 +123,7 @@ class MfRouter:
         return [self._route(row) for row in np.round(0.5 * (1 + np.tanh(leads / 2)), 6)]
 
     def _route(self, chances: Floats64) -> Route:
-        candidates = ranked_array(self.keys, chances)
+        candidates = candidates_at(best_places(chances, max(SHOWN, self.options.top)), self.keys, chances)
         first = candidates[0]
         reason = f"{first.expert} beats the base with probability {first.score:.2f}"
         if first.score < self.options.threshold:

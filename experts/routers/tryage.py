@@ -5,9 +5,9 @@ Tryage (https://arxiv.org/abs/2308.11601), on frozen local embeddings in place o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput, Corrupt
 from xpert.experts.cost_front import FrontPoint, cost_front
-from xpert.experts.routers._choice import ranked_array, softmax_weights
+from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
 from xpert.experts.routers._flags import Wishes, read_flags
 from xpert.experts.routers._learning import (
     Floats64,
@@ -27,7 +27,7 @@ from xpert.experts.routers._learning import (
     untrained,
 )
 from xpert.experts.routers._prompt_space import PromptSpace
-from xpert.experts.routers._regression import Mlp, Ridge
+from xpert.experts.routers._regression import LeftOut, Mlp, Ridge
 from xpert.protocols import Observations, RoutableExpert, Route, RouteRequest, RouterState
 
 __all__ = ["PLUGIN", "TryageOptions", "TryageRouter"]
@@ -35,6 +35,10 @@ __all__ = ["PLUGIN", "TryageOptions", "TryageRouter"]
 NAME = "tryage"
 TRAINED = ("embedder", "predict", "head")
 """Options that training depends on; the others may be changed without training again."""
+
+_SHOWN_PROMPTS = 512
+"""Training prompts, evenly spread, whose left-out predictions a state keeps to show what quality costs."""
+_LEFT_OUT = ("left_out.predicted", "left_out.observed")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class TryageRouter:
         self.keys: list[str] = []
         self.places: NDArray[np.int64] | None = None
         self.costs: dict[str, Floats64] = {}
+        self.left_out: tuple[Floats64, Floats64] = (np.zeros((0, 0)), np.zeros((0, 0)))
         if state is not None:
             self._restore(state)
 
@@ -92,17 +97,22 @@ class TryageRouter:
         rows = self.space.fit([self._read(request).prompt for request in observed.requests])
         table = finite(observed, "losses" if self.options.predict == "loss" else "scores")
         given = self.options
-        self.head = (
-            Ridge.fit(rows, table)
-            if given.head == "ridge"
-            else Mlp.fit(rows, table, width=given.width, epochs=given.epochs, seed=self.seed)
-        )
+        left_out: LeftOut
+        if given.head == "ridge":
+            self.head, left_out = Ridge.fit(rows, table)
+        else:
+            self.head, left_out = Mlp.fit(rows, table, width=given.width, epochs=given.epochs, seed=self.seed)
+        some = np.unique(np.linspace(0, max(0, len(left_out.rows) - 1), _SHOWN_PROMPTS).round().astype(int))
+        some = some[: len(left_out.rows)]
+        kept = (left_out.predicted[some], table[left_out.rows[some]])
+        seen_losses = {name: part.astype(np.float32) for name, part in zip(_LEFT_OUT, kept, strict=True)}
+        self._know_left_out(seen_losses)
         self.subjects = observed.subjects
         self.prepare(experts)
         facts = state_facts(
             NAME, given, TRAINED, self.subjects, embedder=self.space.facts(), training=self.head.facts()
         )
-        return RouterState({**self.head.tensors(), **self.space.tensors()}, facts)
+        return RouterState({**self.head.tensors(), **seen_losses, **self.space.tensors()}, facts)
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
         """Raises BadInput for an expert that was not observed, or whose cost has a weight and is not known."""
@@ -131,6 +141,19 @@ class TryageRouter:
         predicted = self._predicted([wishes.prompt for wishes in read])
         return [self._route(row, wishes) for row, wishes in zip(predicted, read, strict=True)]
 
+    def pareto(self) -> list[dict[str, float]]:
+        """`front` on training prompts as they were predicted by fits without them, as plain figures: the weight, the
+        mean loss or score, and the mean cost as a share of the most. Only of costs that are known."""
+        if self.places is None or not len(self.left_out[0]):
+            return []
+        predicted, observed = (self._as_losses(part[:, self.places]) for part in self.left_out)
+        found = []
+        for cost, shares in self.costs.items():
+            for point in cost_front(predicted, observed, shares):
+                quality = point.loss if self.options.predict == "loss" else 1 - point.loss
+                found.append({f"{cost}_weight": point.weight, self.options.predict: quality, cost: point.cost})
+        return found
+
     def front(self, seen: Observations, *, cost: str = "size", points: int = 64) -> list[FrontPoint]:
         """What quality costs on observed prompts: mean loss (or 1 - score) and mean cost as the weight of `cost` (size
         or seconds, as shares of the most) grows; see `cost_front`. `shares` follow the sorted experts, then the base.
@@ -141,7 +164,7 @@ class TryageRouter:
         if cost not in self.costs:
             raise BadInput(f"the {cost} of the experts is not known", hint="take size, or profile all experts")
         observed = canonical(NAME, [RoutableExpert(key, ()) for key in self.keys], seen)
-        table = observed.losses if self.options.predict == "loss" else 1 - observed.scores
+        table = self._as_losses(finite(observed, "losses" if self.options.predict == "loss" else "scores"))
         predicted = self._predicted([self._read(request).prompt for request in observed.requests])
         return cost_front(predicted, table, self.costs[cost], points=points)
 
@@ -151,7 +174,10 @@ class TryageRouter:
             raise untrained(NAME)
         found = self.head.predict(self.space.embed(prompts))[:, self.places]
         # Rounded, since a product's last bits depend on the size of the batch and routes must not.
-        return np.round(found if self.options.predict == "loss" else 1 - found, 6)
+        return np.round(self._as_losses(found), 6)
+
+    def _as_losses(self, table: Floats64) -> Floats64:
+        return table if self.options.predict == "loss" else 1 - table
 
     def _read(self, request: RouteRequest) -> Wishes:
         return read_flags(request.prompt) if self.options.flags else Wishes(request.prompt)
@@ -163,7 +189,7 @@ class TryageRouter:
             if weight and cost in self.costs:
                 objective = objective + weight * self.costs[cost]
         advantage = np.round(objective[-1] - objective[:-1], 6)
-        candidates = ranked_array(self.keys, advantage)
+        candidates = candidates_at(best_places(advantage, max(SHOWN, self.options.top)), self.keys, advantage)
         said = "".join(f"; flag {flag!r}" for flag in wishes.known)
         said += "".join(f"; unknown flag {flag!r}" for flag in wishes.unknown)
         lacking = [cost for cost, weight in wishes.weights.items() if weight and cost not in self.costs]
@@ -192,11 +218,16 @@ class TryageRouter:
     def _restore(self, state: RouterState) -> None:
         kind = Ridge if self.options.head == "ridge" else Mlp
         parts = ("weights", "bias") if kind is Ridge else ("hidden", "hidden_bias", "out", "out_bias")
-        self.subjects = check_state(NAME, self.options, TRAINED, state, [f"head.{part}" for part in parts])
+        self.subjects = check_state(NAME, self.options, TRAINED, state, [*(f"head.{p}" for p in parts), *_LEFT_OUT])
         self.space.restore(state)
         self.head = kind.restored(state.tensors)
+        self._know_left_out(state.tensors)
         if state.tensors[f"head.{parts[-1]}"].shape != (len(self.subjects),):
             raise Corrupt(f"the head in the state of router {NAME} does not fit its subjects")
+
+    def _know_left_out(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        predicted, observed = (np.asarray(tensors[name], np.float64) for name in _LEFT_OUT)
+        self.left_out = (predicted, observed)
 
 
 def _shares(values: Sequence[float], *, free_base: bool) -> Floats64:
