@@ -120,13 +120,16 @@ def test_pairs_are_all_that_are_decided(drawn: Any, by_loss: bool) -> None:
     assert winning_pairs(scores, losses if by_loss else None, seed=0).tolist() == wanted
 
 
-def test_of_many_pairs_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_pairs_some_are_drawn_and_all_with_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_factors, "_MOST_PAIRS", 10)
-    scores = np.array([np.arange(8.0), np.zeros(8)])
-    pairs = winning_pairs(scores, None, seed=0)
-    assert len(pairs) == 10
-    assert len({tuple(pair) for pair in pairs.tolist()}) == 10
-    assert all(winner > loser for _, winner, loser in pairs.tolist())
+    scores = np.array([np.arange(8.0), np.zeros(8), np.r_[np.ones(7), 0.5]])
+    pairs = winning_pairs(scores, None, seed=0).tolist()
+    assert pairs == sorted(pairs)
+    assert len({tuple(pair) for pair in pairs}) == len(pairs)
+    assert all(scores[row, winner] > scores[row, loser] for row, winner, loser in pairs)
+    assert {pair[2] for pair in pairs if pair[:2] == [0, 7]} == set(range(7))
+    assert [pair for pair in pairs if pair[0] == 2] == [[2, winner, 7] for winner in range(7)]
+    assert 7 < sum(pair[0] == 0 for pair in pairs) <= 17
 
 
 def test_ties_need_losses_that_are_numbers(experts: Any, seen: Observations) -> None:
