@@ -42,9 +42,7 @@ def main() -> None:
     requests = [RouteRequest(rows[i].id, rows[i].messages, rows[i].skill) for i in order]
     train = requests[: min(given.train, len(requests) // 2)]
     test = requests[len(train) :]
-    print(
-        f"{len(train)} prompts to learn from, {len(test)} to measure on; no router: {BASE}, the best there is: {OWN}\n"
-    )
+    print(f"{len(train)} prompts to learn from, {len(test)} to measure on; base alone: {BASE}\n")
     print("| experts | router | mean chance to be right | to the base | seconds to learn | state, MB | ms a prompt |")
     print("|---|---|---|---|---|---|---|")
     for count in given.experts:

@@ -34,19 +34,17 @@ def kept_experts(
         useful = _undominated(gain, costs, useful)
         if costs[useful].sum() > budget:
             useful = useful[_solve(gain[:, useful], weight, costs[useful], budget)]
-    return sorted({int(best) for best in _best(gain, weight, costs, useful) if best >= 0})
+    return _needed(gain[weight > 0], costs, useful)
 
 
-def _best(
-    gain: NDArray[np.float64], weight: NDArray[np.float64], costs: NDArray[np.int64], kept: NDArray[np.int64]
-) -> list[int]:
-    """Per category the kept expert that gives the most, of equals the cheapest; -1 where none gives anything."""
-    found = []
-    for category in np.flatnonzero(weight > 0).tolist():
-        row = gain[category]
-        best = min(kept.tolist(), key=lambda m: (-row[m], costs[m], m), default=-1)
-        found.append(best if best >= 0 and row[best] > 0 else -1)
-    return found
+def _needed(gain: NDArray[np.float64], costs: NDArray[np.int64], kept: NDArray[np.int64]) -> list[int]:
+    """Without those, the dearest first, that no category misses: ones that another equals, or that nobody chooses."""
+    left = sorted(kept.tolist(), key=lambda m: (costs[m], m))
+    for place in reversed(left.copy()):
+        others = [m for m in left if m != place]
+        if (gain[:, others].max(axis=1, initial=0) >= gain[:, place]).all():
+            left = others
+    return sorted(left)
 
 
 def _undominated(gain: NDArray[np.float64], costs: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,6 +19,8 @@ __all__ = ["PromptSpace"]
 
 _PREFIX = "embedder."
 _MEAN = "mean"
+_LEAST_USUAL = 0.25
+"""The share of training prompts that are less familiar to the others than a prompt must be to stay where it is."""
 _WORD = re.compile(r"\w+")
 
 
@@ -27,7 +29,9 @@ class PromptSpace:
 
     With an embedder that was fitted on the training prompts (lsa), a row is drawn towards their mean, the more the less
     familiar its words are (see `Familiarity`): of a prompt that shares only a question mark with them, a linear model
-    says what it says on average. `towards` "zero" instead makes its cosines small. A prompt costs one embedding.
+    says what it says on average. `towards` "zero" instead makes its cosines small. Since new prompts of the same kind
+    hold unknown words too, one that is as familiar as three quarters of the training prompts are to each other stays
+    where it is. A prompt costs one embedding.
     """
 
     def __init__(self, spec: str, *, base: str | None, seed: int, device: str, towards: str = "mean") -> None:
@@ -35,7 +39,9 @@ class PromptSpace:
         self._embedder = open_embedder(spec, base=base, device=device, seed=seed)
         self._rows = 0
         self._familiarity: Familiarity | None = None
+        self._to_others: Familiarity | None = None  # of a training prompt: to all the others
         self._mean = np.zeros(0, np.float32)
+        self._usual = 1.0
 
     def fit(self, prompts: Sequence[str]) -> Floats:
         """Learns from the training prompts and embeds them."""
@@ -45,14 +51,17 @@ class PromptSpace:
             return self._embedder.embed(prompts)
         self._mean = self._embedder.fit_embed(prompts).mean(axis=0)
         self._know_words(self._embedder.state())
+        if self._to_others is not None:
+            self._usual = max(0.01, float(np.quantile(self._to_others.of(prompts), _LEAST_USUAL)))
         return self.embed(prompts)
 
     def embed(self, prompts: Sequence[str]) -> Floats:
         rows = self._embedder.embed(prompts)
         if self._familiarity is None:
             return rows
-        known = self._familiarity.of(prompts)[:, None]
-        return known * rows if self.towards == "zero" else known * rows + (1 - known) * self._mean
+        known = np.minimum(1, self._familiarity.of(prompts) / np.float32(self._usual))[:, None]
+        drawn: Floats = known * rows if self.towards == "zero" else known * rows + (1 - known) * self._mean
+        return drawn
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What `restore` needs beside `facts`; nothing for an embedder that came trained."""
@@ -62,7 +71,7 @@ class PromptSpace:
         return {_PREFIX + name: tensor for name, tensor in state.items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"spec": self.spec, "identity": self._embedder.identity, "rows": self._rows}
+        return {"spec": self.spec, "identity": self._embedder.identity, "rows": self._rows, "usual": self._usual}
 
     def restore(self, state: RouterState) -> None:
         """Raises BadInput where the state was learned with another model, Corrupt where it lacks the embedder's part.
@@ -70,9 +79,13 @@ class PromptSpace:
         A fitted embedder is wholly in the state, so that its version and seed may differ.
         """
         facts = state.facts.get("embedder")
-        if not isinstance(facts, Mapping) or not isinstance(facts.get("rows"), int):
+        if (
+            not isinstance(facts, Mapping)
+            or not isinstance(facts.get("rows"), int)
+            or not isinstance(facts.get("usual"), int | float)
+        ):
             raise Corrupt("the router's state does not say how prompts were embedded", hint="train the router again")
-        self._rows = facts["rows"]
+        self._rows, self._usual = facts["rows"], float(facts["usual"])
         if not isinstance(self._embedder, FittedEmbedder):
             if facts.get("identity") != self._embedder.identity:
                 raise BadInput(
@@ -97,4 +110,7 @@ class PromptSpace:
             return
         terms = bytes(np.ascontiguousarray(state["terms"])).decode().split("\n")
         idf = {term: float(weight) for term, weight in zip(terms, state["idf"], strict=False) if _WORD.fullmatch(term)}
-        self._familiarity = Familiarity.known(idf, unknown=math.log(1 + self._rows) + 1)
+        unknown = math.log(1 + self._rows) + 1
+        self._familiarity = Familiarity.known(idf, unknown=unknown)
+        rarest = max(idf.values(), default=0.0)  # a prompt's words that the embedder would not know without it
+        self._to_others = Familiarity.known({w: i for w, i in idf.items() if i < rarest - 1e-4}, unknown=unknown)
