@@ -17,8 +17,8 @@ Floats64 = NDArray[np.float64]
 Pairs = NDArray[np.int64]
 """[p, 3]: (row, winner, loser)."""
 
-_MOST_PAIRS = 4096
-"""Pairs of subjects that are looked at on one prompt, beside those with the base: of ninety subjects all there are."""
+_MOST_PAIRS = 1024
+"""Pairs of subjects that are looked at on one prompt, beside those with the base: of 45 subjects all there are."""
 _BATCH_ROWS = 64
 _ENOUGH_ROWS = 20
 _HELD_OUT = 5
@@ -75,8 +75,8 @@ def winning_pairs(scores: Floats64, losses: Floats64 | None, *, seed: int) -> Pa
     """(row, winner, loser), sorted, wherever the winner has the higher score; of equal scores, the lower loss where
     losses are given. scores and losses [n, m]; the base is the last subject.
 
-    Of up to 4,096 pairs of subjects all are looked at; of more, those with the base, which are what routes are chosen
-    by, and 4,096 that are drawn anew for each row. Time and memory O(n min(m^2, m + 4096)).
+    Of up to 1,024 pairs of subjects all are looked at; of more, those with the base, which are what routes are chosen
+    by, and 1,024 that are drawn anew for each row. Time and memory O(n min(m^2, m + 1024)).
     """
     rng = np.random.default_rng(seed)
     m = scores.shape[1]
