@@ -351,12 +351,15 @@ class Observations:
 
     subjects: the experts' keys in the mixture's order, then "base". scores [n, m]: what each answer earned, in [0, 1].
     losses [n, m]: mean nats per token of the reference answer under each subject. A request's `skill` is its category.
+    confidences [n, m]: of each subject's own answer, in [0, 1] as in `Escalation`, NaN where it has no tokens; None
+    where they were not observed.
     """
 
     requests: tuple[RouteRequest, ...]
     subjects: tuple[str, ...]
     scores: NDArray[np.float64]
     losses: NDArray[np.float64]
+    confidences: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -384,6 +387,7 @@ class LearnedRouter(Router, Protocol):
     """A router that is trained for a mixture by `xpert router train`. Its class binds `learned = True`.
 
     Made with a `state`, it is ready after `prepare`, which raises BadInput for an expert that the state does not know.
+    Where some options make training needless, the class binds a static method `untrained(options) -> bool`.
     """
 
     learned: ClassVar[bool]
