@@ -65,8 +65,8 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
         return made
     if mixture.router_state is None:
         if getattr(plugin, "untrained", _never)(options):
-            made = plugin(options, state=None, seed=seed, device=device)
-            return made
+            ready: Router = plugin(options, state=None, seed=seed, device=device)
+            return ready
         raise BadInput(
             f"router {mixture.router} has to be trained for this mixture first",
             hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
