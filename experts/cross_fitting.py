@@ -58,7 +58,7 @@ def learn_router(
     """The mixture's router, trained on some of the observed prompts, by their places; ready to route."""
     plugin = plugins.load("router", mixture.router)
     router: LearnedRouter = plugin(options_for(mixture), state=None, seed=seed, device=device)
-    return router, router.learn([expert.routable() for expert in mixture.experts], observed.subset(rows))
+    return router, router.learn([expert.routable() for expert in mixture.experts], observed.subset(rows).observations)
 
 
 def routes_of(

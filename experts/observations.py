@@ -62,15 +62,20 @@ class Observed:
         """Of each prompt, so that two sets of observations can be seen to share some."""
         return tuple(prompt_hash(request) for request in self.observations.requests)
 
-    def subset(self, rows: Sequence[int]) -> Observations:
-        """The observations of some prompts, by their places."""
+    def subset(self, rows: Sequence[int]) -> Observed:
+        """What was observed of some prompts, by their places. The suite's fingerprint and figures stay the whole's."""
         seen, places = self.observations, np.asarray(rows, dtype=np.int64)
-        return Observations(
-            tuple(seen.requests[row] for row in rows),
-            seen.subjects,
-            seen.scores[places],
-            seen.losses[places],
-            None if seen.confidences is None else seen.confidences[places],
+        return replace(
+            self,
+            observations=Observations(
+                tuple(seen.requests[row] for row in rows),
+                seen.subjects,
+                seen.scores[places],
+                seen.losses[places],
+                None if seen.confidences is None else seen.confidences[places],
+            ),
+            metrics=tuple(self.metrics[row] for row in rows),
+            outputs=tuple(self.outputs[row] for row in rows),
         )
 
 

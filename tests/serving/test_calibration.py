@@ -66,11 +66,11 @@ def test_order_changes_nothing(pairs: list[tuple[float, float]]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(earned_, min_size=4, max_size=60))
-def test_a_curve_without_merging_is_isotonic_regression(earned: list[float]) -> None:
-    """Beside a plain one: while a block is above its right neighbour, pool the two."""
-    y = np.array(earned)
-    blocks = [[value] for value in y.tolist()]
+@given(st.lists(st.tuples(earned_, earned_), min_size=2, max_size=50))
+def test_a_curve_without_merging_is_isotonic_regression(earned: list[tuple[float, float]]) -> None:
+    """Beside a plain one: while a block is no lower than its right neighbour, pool the two. Two points have each score,
+    so that no block is too small to be one."""
+    blocks = [list(pair) for pair in earned]
     place = 0
     while place < len(blocks) - 1:
         if np.mean(blocks[place]) > np.mean(blocks[place + 1]) - 1e-12:
@@ -78,10 +78,18 @@ def test_a_curve_without_merging_is_isotonic_regression(earned: list[float]) -> 
             place = max(0, place - 1)
         else:
             place += 1
-    if min(len(block) for block in blocks) < 2:
-        return  # too small a block is merged with another
-    curve = fit_curve(np.arange(len(y), dtype=np.float64), y, knots=1000)
-    assert curve.chances == pytest.approx([float(np.mean(block)) for block in blocks])
+    scores = np.repeat(np.arange(len(earned), dtype=np.float64), 2)
+    curve = fit_curve(scores, np.array(earned).ravel(), knots=1000)
+    told = np.repeat(curve.chances, [round(n) for n in np.diff(_ends(curve.scores), prepend=0)])
+    assert told == pytest.approx(np.concatenate([[float(np.mean(block))] * (len(block) // 2) for block in blocks]))
+
+
+def _ends(centres: tuple[float, ...]) -> list[float]:
+    """Where blocks of 0, 1, 2, ... with these means end."""
+    ends = [0.0]
+    for centre in centres:
+        ends.append(2 * centre + 1 - ends[-1])
+    return ends[1:]
 
 
 def test_the_mean_chance_is_the_mean_score() -> None:
