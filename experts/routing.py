@@ -11,7 +11,7 @@ from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture, router_options
 from xpert.experts.router_state import read_router_state
-from xpert.protocols import Escalation, Route, Router, RouteRequest
+from xpert.protocols import Escalation, Route, Router, RouteRequest, RouterState
 from xpert.records import Row
 
 __all__ = ["MixtureRouter", "explain", "open_router", "options_for", "route_request"]
@@ -65,13 +65,15 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
         return made
     if mixture.router_state is None:
         if getattr(plugin, "untrained", _never)(options):
-            ready: Router = plugin(options, state=None, seed=seed, device=device)
-            return ready
+            return _opened(plugin, options, None, seed, device)
         raise BadInput(
             f"router {mixture.router} has to be trained for this mixture first",
             hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
         )
-    state = read_router_state(mixture.router_state.file)
+    return _opened(plugin, options, read_router_state(mixture.router_state.file), seed, device)
+
+
+def _opened(plugin: Any, options: Any, state: RouterState | None, seed: int, device: str) -> Router:
     learned: Router = plugin(options, state=state, seed=seed, device=device)
     return learned
 

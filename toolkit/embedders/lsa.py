@@ -22,6 +22,7 @@ from xpert.protocols import EmbedderContext, Floats
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
 
 __all__ = ["PLUGIN", "Lsa", "Settings"]
 
@@ -57,7 +58,9 @@ class Lsa:
         self._seed = context.seed
         self._terms: list[str] | None = None
         self._idf = np.zeros(0, np.float32)
-        self._axes = np.zeros((1, 0), np.float32)
+        self._coordinates = np.zeros((0, 1), np.float32)
+        """[terms, d]: row by row what a term adds to a text, so that a product with a few texts copies nothing."""
+        self._reader: CountVectorizer | None = None
 
     @property
     def identity(self) -> str:
@@ -71,6 +74,7 @@ class Lsa:
     def fit_embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         from sklearn.feature_extraction.text import CountVectorizer
 
+        self._reader = None
         settings = self._settings
         vectorizer = CountVectorizer(
             ngram_range=settings.words,
@@ -86,22 +90,22 @@ class Lsa:
             if "empty vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
                 raise
             self._terms = []
-            return np.zeros((len(texts), len(self._axes)), np.float32)
+            return np.zeros((len(texts), self._coordinates.shape[1]), np.float32)
         counts.sort_indices()  # as `transform` has them, so that both sum in one order and agree to the bit
         self._terms = vectorizer.get_feature_names_out().tolist()
         rows_with = np.bincount(counts.indices, minlength=len(self._terms))
         self._idf = (np.log((1 + len(texts)) / (1 + rows_with)) + 1).astype(np.float32)
         matrix = self._weigh(counts)
         progress.say(f"reducing {matrix.shape[1]:,} terms to {self._rank(*matrix.shape)} dimensions")
-        self._axes = self._main_axes(matrix)
-        return normalise(matrix @ self._axes.T)
+        self._coordinates = self._main_axes(matrix)
+        return normalise(matrix @ self._coordinates)
 
     def _rank(self, rows: int, terms: int) -> int:
         fit = max(_FEWEST_DIMENSIONS, rows // self._settings.rows_per_dimension)
         return min(self._settings.dimensions, fit, rows, terms)
 
     def _main_axes(self, matrix: csr_matrix) -> Floats:
-        """[d, terms]: the right singular vectors, scaled so that `matrix @ axes.T` is U s**power."""
+        """[terms, d]: the right singular vectors, scaled so that `matrix @ axes` is U s**power."""
         from sklearn.utils.extmath import randomized_svd
 
         rank = self._rank(*matrix.shape)
@@ -111,41 +115,48 @@ class Lsa:
         # Axes of no strength are rounding, and a negative power of it would be large.
         real = strengths > 1e-4 * strengths[0]
         scaled = axes[real] * (strengths[real] ** (self._settings.power - 1))[:, None]
-        return np.ascontiguousarray(scaled, dtype=np.float32)
+        return np.ascontiguousarray(scaled.T, dtype=np.float32)
 
     def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
         """Texts -> [n, d]; a text without a known term gives a zero row. Raises RuntimeError before `fit`."""
-        from sklearn.feature_extraction.text import CountVectorizer
-
         if self._terms is None:
             raise RuntimeError("lsa embeds only after fit")
-        rows = np.zeros((len(texts), len(self._axes)), np.float32)
+        rows = np.zeros((len(texts), self._coordinates.shape[1]), np.float32)
         if not self._terms:
             return rows
-        vectorizer = CountVectorizer(
-            ngram_range=self._settings.words,
-            token_pattern=self._settings.pattern,
-            vocabulary={term: index for index, term in enumerate(self._terms)},
-            dtype=np.float32,
-        )
+        reader = self._opened_reader(self._terms)
         with progress.task("embedding (lsa)", total=len(texts)) as task:
             for start in range(0, len(texts), _BLOCK):
                 block = texts[start : start + _BLOCK]
-                matrix = self._weigh(vectorizer.transform(block))
-                rows[start : start + len(block)] = normalise(matrix @ self._axes.T)
+                matrix = self._weigh(reader.transform(block))
+                rows[start : start + len(block)] = normalise(matrix @ self._coordinates)
                 task.advance(len(block))
         return rows
+
+    def _opened_reader(self, terms: Sequence[str]) -> CountVectorizer:
+        """Texts -> counts of the terms. Kept: looking 60,000 terms through takes longer than embedding a text."""
+        from sklearn.feature_extraction.text import CountVectorizer
+
+        if self._reader is None:
+            self._reader = CountVectorizer(
+                ngram_range=self._settings.words,
+                token_pattern=self._settings.pattern,
+                vocabulary={term: index for index, term in enumerate(terms)},
+                dtype=np.float32,
+            )
+        return self._reader
 
     def state(self) -> dict[str, NDArray[Any]]:
         if self._terms is None:
             raise RuntimeError("lsa has no state before fit")
         terms = np.frombuffer("\n".join(self._terms).encode(), np.uint8)
-        return {"terms": terms, "idf": self._idf, "axes": self._axes}
+        return {"terms": terms, "idf": self._idf, "axes": np.ascontiguousarray(self._coordinates.T)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         joined = bytes(state["terms"]).decode()
         self._terms = joined.split("\n") if joined else []
-        self._idf, self._axes = np.asarray(state["idf"]), np.asarray(state["axes"])
+        self._idf, self._coordinates = np.asarray(state["idf"]), np.ascontiguousarray(np.asarray(state["axes"]).T)
+        self._reader = None
 
     def _weigh(self, counts: csr_matrix) -> csr_matrix:
         """Counts -> (1 + log count) · idf, rows of length 1."""
