@@ -88,10 +88,11 @@ def calibrate(
         )
     curve = fit_curve(scores, earned, knots=options.knots)
     held_out = _left_out_chances(scores, earned, options.knots, folds, seed)
-    below, gain = _bound(options, curve, scores, earned, base, len(every), folds, seed)
-    sent = ~known
+    at_base = np.array([not route.experts for route in routed.routes])
+    below, gain = _bound(options, curve, scores, earned, base, len(every), int(at_base.sum()), folds, seed)
+    sent = at_base.copy()
     if below is not None:
-        sent |= np.nan_to_num(every, nan=-math.inf) < below
+        sent |= every < below  # what has no score is not below it
     alone = observed.observations.scores[:, -1]
     figures: dict[str, Any] = {
         "router": mixture.router,
@@ -104,9 +105,9 @@ def calibrate(
         "ece_after": calibration_error(held_out, earned),
         "brier_after": float(np.mean((held_out - earned) ** 2)),
         "folds": folds,
-        "base_share_before": float(np.mean(~known)),
+        "base_share_before": float(np.mean(at_base)),
         "base_share": float(np.mean(sent)),
-        "score_before": float(np.mean(np.where(known, first.scores, alone))),
+        "score_before": float(np.mean(first.scores)),
         "score": float(np.mean(np.where(sent, alone, first.scores))),
         **({"gain_left_out": gain} if gain is not None else {}),
     }
@@ -149,21 +150,18 @@ def fit_curve(scores: _Floats, earned: _Floats, *, knots: int = 12) -> Calibrati
     return Calibration(tuple(total / n for n, total, _ in blocks), tuple(chances.tolist()))
 
 
-def bound_at_share(scores: _Floats, prompts: int, share: float) -> float | None:
-    """The bound under which `share` of all prompts go to the base, counting those that have no score [n <= prompts].
+def bound_at_share(scores: _Floats, count: int) -> float | None:
+    """The bound under which `count` of the prompts with these scores [n] lie; None where that is none.
 
-    Exact to the nearest prompt where scores differ; of equal scores all or none are sent. None where enough go there
-    without it.
+    Exact where scores differ; of equal scores all or none are sent, whichever is nearer.
     """
-    wanted = round(share * prompts) - (prompts - len(scores))
-    if wanted <= 0:
+    if count <= 0 or not len(scores):
         return None
-    ranked = np.sort(scores)
     # How many are sent by each bound that tells scores apart: those below a value, or all.
-    values, firsts = np.unique(ranked, return_index=True)
-    counts = np.append(firsts, len(ranked))
-    place = int(np.argmin(np.abs(counts - wanted)))
-    return _above(values, place)
+    values, firsts = np.unique(scores[np.argsort(scores)], return_index=True)
+    counts = np.append(firsts, len(scores))
+    place = int(np.argmin(np.abs(counts - count)))
+    return _above(values, place) if place else None
 
 
 def best_bound(scores: _Floats, earned: _Floats, base: _Floats) -> float | None:
@@ -202,12 +200,14 @@ def _bound(
     earned: _Floats,
     base: _Floats,
     prompts: int,
+    at_base: int,
     folds: int,
     seed: int,
 ) -> tuple[float | None, float | None]:
-    """The bound that was asked for, and with `best` what it gained a prompt on the folds left out."""
+    """The bound that was asked for, and with `best` what it gained a prompt on the folds left out. The router itself
+    sends `at_base` of the prompts to the base."""
     if options.base_share is not None:
-        return bound_at_share(scores, prompts, options.base_share), None
+        return bound_at_share(scores, round(options.base_share * prompts) - at_base), None
     if options.min_chance is not None:
         return bound_at_chance(curve, options.min_chance), None
     if not options.best:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "router_table"]
 
+_SHOWN = 10
+"""Points of a front that are printed; --json and the page have them all."""
+
 
 @click.command("eval")
 @click.option(
@@ -107,7 +110,9 @@ def _lines(found: RouterEvaluation) -> list[str]:
             lines += ["", *_risk(one)]
         if one.front:
             lines += ["", f"{one.name}: quality against cost, what is not dominated"]
-            lines += [f"  {', '.join(f'{key} {_plain(value)}' for key, value in point.items())}" for point in one.front]
+            step = -(-len(one.front) // _SHOWN)
+            for point in one.front[::step]:
+                lines.append("  " + ", ".join(f"{key} {_plain(value)}" for key, value in point.items()))
     return lines
 
 

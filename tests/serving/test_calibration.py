@@ -115,22 +115,20 @@ def test_knots_survive_json() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(scores_, min_size=1, max_size=80, unique=True), st.floats(0, 1), st.integers(0, 20))
-def test_the_share_is_exact(scores: list[float], share: float, base: int) -> None:
-    """To the nearest prompt, counting those that the router itself sends to the base."""
-    prompts = len(scores) + base
-    below = bound_at_share(np.array(scores), prompts, share)
-    sent = base + (0 if below is None else sum(score < below for score in scores))
-    assert sent == max(base, round(share * prompts))
+@given(st.lists(scores_, min_size=1, max_size=80, unique=True), st.integers(-3, 90))
+def test_the_share_is_exact(scores: list[float], count: int) -> None:
+    below = bound_at_share(np.array(scores), count)
+    sent = 0 if below is None else sum(score < below for score in scores)
+    assert sent == min(max(0, count), len(scores))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=40), st.floats(0, 1))
-def test_equal_scores_go_together(scores: list[float], share: float) -> None:
-    below = bound_at_share(np.array(scores), len(scores), share)
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=40), st.integers(0, 40))
+def test_equal_scores_go_together(scores: list[float], count: int) -> None:
+    below = bound_at_share(np.array(scores), count)
     sent = 0 if below is None else sum(score < below for score in scores)
     possible = [sum(score < value for score in scores) for value in (*set(scores), 1.0)]
-    assert abs(sent - round(share * len(scores))) == min(abs(n - round(share * len(scores))) for n in possible)
+    assert abs(sent - count) == min(abs(n - count) for n in possible)
 
 
 @settings(max_examples=150, deadline=None)
