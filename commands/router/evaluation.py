@@ -99,29 +99,40 @@ def _line(one: RouterFigures, width: int) -> str:
 
 
 def _lines(found: RouterEvaluation) -> list[str]:
+    """The table, what chances and second stages did, and of a single router its curves."""
     lines = [f"{found.oracle.n:,} prompts of {found.suite}; in hundredths, with 95 % intervals:", ""]
-    lines += router_table(found)
+    lines += [*router_table(found), ""]
     for one in found.routers:
         if one.escalated:
             lines.append(f"{one.name}: the second stage answered {100 * one.escalated:.1f} %")
         if one.chances is not None:
-            lines += ["", *_reliability(one)]
-        if one.risk is not None:
-            lines += ["", *_risk(one)]
-        if one.front:
-            lines += ["", f"{one.name}: quality against cost, what is not dominated"]
-            step = -(-len(one.front) // _SHOWN)
-            for point in one.front[::step]:
-                lines.append("  " + ", ".join(f"{key} {_plain(value)}" for key, value in point.items()))
+            lines.append(_chances(one))
+    if len(found.routers) > 1:
+        return [*lines, "Reliability, the curves of a reject option and fronts of each: -o REPORT.html, or --json."]
+    one = found.routers[0]
+    if one.chances is not None:
+        lines += _reliability(one)
+    if one.risk is not None:
+        lines += ["", *_risk(one)]
+    if one.front:
+        lines += ["", f"{one.name}: quality against cost, what is not dominated"]
+        step = -(-len(one.front) // _SHOWN)
+        for point in one.front[::step]:
+            lines.append("  " + ", ".join(f"{key} {_plain(value)}" for key, value in point.items()))
     return lines
+
+
+def _chances(one: RouterFigures) -> str:
+    chances = one.chances
+    assert chances is not None
+    seen = ", the very ones it was calibrated on" if chances.in_sample else ""
+    return f"{one.name}: its chances are off by {chances.error:.3f} on average ({chances.n:,} prompts{seen})"
 
 
 def _reliability(one: RouterFigures) -> list[str]:
     chances = one.chances
     assert chances is not None
-    seen = ", on the very prompts it was calibrated on" if chances.in_sample else ""
-    lines = [f"{one.name}: chances are off by {chances.error:.3f} on average ({chances.n:,} prompts{seen})"]
-    lines.append(f"  {'chance':>10}  {'prompts':>7}  {'mean chance':>11}  {'mean score':>10}")
+    lines = [f"  {'chance':>10}  {'prompts':>7}  {'mean chance':>11}  {'mean score':>10}"]
     for part in chances.bins:
         span = f"{part.low:.1f}-{part.high:.1f}"
         lines.append(f"  {span:>10}  {part.n:>7,}  {part.chance:>11.2f}  {part.score:>10.2f}")

@@ -376,23 +376,21 @@ def test_several_experts_count_by_the_heaviest(xpert: Run, mixture: Path, seen: 
 
 
 def test_what_is_printed_and_the_page(xpert: Run, mixture: Path, seen: Path, tmp_path: Path) -> None:
+    """Of several routers a table, of one its curves too; the page has all."""
     ok(xpert("router", "calibrate", mixture, "--on", seen, "-o", tmp_path / "c.json", "--json"))
     page = tmp_path / "report.html"
     found = xpert("router", "eval", tmp_path / "c.json", "--on", seen, "--router", "by-task", "-o", page)
     assert found.exit_code == 0, found.output
-    for words in (
-        "as oracle",
-        "random, mean of 3 seeds",
-        "in 5 folds",
-        "chances are off by",
-        "the very prompts",
-        "accepting its surest routes only",
-        "quality against cost",
-    ):
+    for words in ("as oracle", "random, mean of 3 seeds", "in 5 folds", "chances are off by", "the very ones"):
         assert words in found.stdout
     text = page.read_text()
-    assert text.count("<svg") == 3  # a reliability diagram and two risk-coverage curves
+    assert text.count("<svg") == 3  # a reliability diagram and two curves of a reject option
     assert "centroid (as mixed)" in text
+    assert "quality against cost" in text
+    one = xpert("router", "eval", tmp_path / "c.json", "--on", seen).stdout
+    assert "mean chance" in one
+    assert "accepting its surest routes only" in one
+    assert "mean chance" not in found.stdout
 
 
 # ── calibrate ────────────────────────────────────────────────────────────────────────────────────────────────────
