@@ -46,7 +46,7 @@ def test_commands_of_the_readme_exist_with_their_options(xpert: Callable[..., Re
         words = line.split("#")[0].split()
         if not words or words[0] != "xpert":
             continue
-        command = words[1:3] if words[1] in ("pool", "registry", "shots") else words[1:2]
+        command = words[1:3] if words[1] in ("pool", "registry", "router", "shots") else words[1:2]
         result = xpert(*command, "--help")
         assert result.exit_code == 0, line
         for flag in (word for word in words if word.startswith("-")):
