@@ -98,10 +98,11 @@ def write_observations(
     suite_fingerprint: str,
     config: Mapping[str, Any],
     seconds: float,
-    replace: bool = False,
+    seen_in_training: Mapping[str, int] | None = None,
 ) -> Observed:
-    """Writes the folder whole. `lines` are rows in the suite's order, as above."""
-    with draft_folder(out, replace=replace) as draft:
+    """Writes the folder whole. `lines` are rows in the suite's order, as above. `seen_in_training`: expert -> how many
+    of the items it is known to have been trained on."""
+    with draft_folder(out) as draft:
         text = "".join(json.dumps(dict(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         write_file(draft / ROWS_FILE, text)
         scores = np.array([line["scores"] for line in lines], dtype=np.float64)
@@ -122,6 +123,7 @@ def write_observations(
                 "items": len(lines),
                 "scores": dict(zip(subjects, scores.mean(axis=0).tolist(), strict=True)),
                 "best_per_item": float(scores.max(axis=1).mean()),
+                "seen_in_training": dict(seen_in_training or {}),
             },
             timings={"seconds": seconds},
         )

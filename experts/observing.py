@@ -18,6 +18,7 @@ import numpy as np
 from xpert.errors import BadInput
 from xpert.experts.evaluate import ItemResult, Subject, usable_items
 from xpert.experts.journal import append_line, read_journal
+from xpert.experts.known_prompts import seen_in_training
 from xpert.experts.mixture import BASE, Mixture
 from xpert.experts.observations import (
     Observed,
@@ -106,6 +107,10 @@ def _observe(
     mixture: Mixture, suite: Suite, out: Path, options: ObserveOptions, *, device: str, progress: Progress
 ) -> Observed:
     items = usable_items(suite.items, options)
+    seen = {e.key: len(seen_in_training(e.folder, items)) for e in mixture.experts}
+    for name, count in seen.items():
+        if count:
+            progress.say(f"expert {name} was trained on {count:,} of the items: what it scores there, it remembers")
     key = hash_json([_key(mixture, suite, options), list(mixture.keys)])
     partial = out.parent / f".{out.name}.partial"
     begun = time.perf_counter()
@@ -137,6 +142,7 @@ def _observe(
             suite_fingerprint=suite.fingerprint,
             config=options.to_dict(),
             seconds=time.perf_counter() - begun,
+            seen_in_training={name: count for name, count in seen.items() if count},
         )
         partial.unlink(missing_ok=True)
     return found

@@ -193,6 +193,16 @@ def test_damaged_observations(mixture: Mixture, suite: Path, tmp_path: Path) -> 
         read_observations(tmp_path)
 
 
+def test_items_that_an_expert_was_trained_on_are_told(
+    mixture: Mixture, columns: Callable[..., list[dict[str, Any]]], write_jsonl: Write, tmp_path: Path
+) -> None:
+    """The exemplars of these experts are rows of 200."""
+    shown = [row for row in columns(200) if row["skill"] == "casing"][:2]
+    suite = write_jsonl("shown.jsonl", [*shown, *columns(1, seed=9)])
+    found = observe(mixture, suite, tmp_path / "seen", OPTIONS, device="cpu")
+    assert found.figures["seen_in_training"] == {"casing": 2}
+
+
 def test_through_the_command(
     xpert: Callable[..., Result], mixture_file: Callable[..., Path], suite: Path, tmp_path: Path
 ) -> None:
