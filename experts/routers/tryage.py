@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xpert.config import Config, option
-from xpert.errors import BadInput, Corrupt
+from xpert.errors import BadInput, Corrupt, unknown
 from xpert.experts.cost_front import FrontPoint, cost_front
 from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
 from xpert.experts.routers._flags import Wishes, read_flags
@@ -38,6 +38,8 @@ TRAINED = ("embedder", "predict", "head")
 
 _SHOWN_PROMPTS = 512
 """Training prompts, evenly spread, whose left-out predictions a state keeps to show what quality costs."""
+_UNITS = {"size": "parameters", "seconds": "seconds"}
+"""cost -> its name among an expert's costs."""
 _LEFT_OUT = ("left_out.predicted", "left_out.observed")
 
 
@@ -124,7 +126,7 @@ class TryageRouter:
         known = sorted(experts, key=lambda expert: expert.key)
         weights = {"size": self.options.size_weight, "seconds": self.options.seconds_weight}
         self.costs = {}
-        for cost, name in (("size", "parameters"), ("seconds", "seconds")):
+        for cost, name in _UNITS.items():
             lacking = [expert.key for expert in known if name not in expert.costs]
             if lacking and weights[cost]:
                 mending = "profile it" if cost == "seconds" else "leave out size-weight"
@@ -161,8 +163,10 @@ class TryageRouter:
         The observations should not be those it was trained on. Raises BadInput where the cost is not known, or an
         expert of the mixture was not observed.
         """
+        if cost not in _UNITS:
+            raise unknown("cost", cost, _UNITS)
         if cost not in self.costs:
-            raise BadInput(f"the {cost} of the experts is not known", hint="take size, or profile all experts")
+            raise BadInput(f"the {_UNITS[cost]} of the experts are not known", hint="take size, or profile all experts")
         observed = canonical(NAME, [RoutableExpert(key, ()) for key in self.keys], seen)
         table = self._as_losses(finite(observed, "losses" if self.options.predict == "loss" else "scores"))
         predicted = self._predicted([self._read(request).prompt for request in observed.requests])
@@ -193,7 +197,7 @@ class TryageRouter:
         said = "".join(f"; flag {flag!r}" for flag in wishes.known)
         said += "".join(f"; unknown flag {flag!r}" for flag in wishes.unknown)
         lacking = [cost for cost, weight in wishes.weights.items() if weight and cost not in self.costs]
-        said += "".join(f", which changes nothing: {cost} of the experts is not known" for cost in lacking)
+        said += "".join(f", which changes nothing: the {_UNITS[cost]} of the experts are not known" for cost in lacking)
         if not candidates:
             return Route((), (), f"tryage: the mixture has no experts; the base answers{said}")
         place = int(np.argmax(advantage))  # keys are sorted: of equals the first
