@@ -18,10 +18,7 @@ class RawEmbedder:
         from xpert.experts.prototypes import open_space
 
         self._space = open_space(spec, base=base, device=device)
-
-    @property
-    def identity(self) -> str:
-        return self._space.identity
+        self.identity = self._space.identity
 
     def fit(self, texts: Sequence[str]) -> None:
         """Nothing to learn."""

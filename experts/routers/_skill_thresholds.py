@@ -53,8 +53,8 @@ def calibrated(
     others = _Strongest(experts, reject, most)
     for fold in _folds(groups, vectors, refit):
         space = SkillSpace(fold.kept, fold.vectors, mode)
-        for place, rows in fold.own_rows():
-            own[fold.present[place]] += space.own(fold.prompts[rows], place).tolist()
+        for place, part in fold.own_rows():
+            own[fold.present[place]] += space.own(fold.prompts[part], place).tolist()
         some = np.unique(np.linspace(0, len(fold.prompts) - 1, min(len(fold.prompts), STRANGERS)).round().astype(int))
         for start in range(0, len(some), _BLOCK):
             rows = some[start : start + _BLOCK]
@@ -88,7 +88,11 @@ class _Fold:
     ) -> None:
         self.kept: list[SkillGroup] = []
         self.present: NDArray[np.int64]
-        present, stay, leave, of_group, start = [], [], [], [], 0
+        present: list[int] = []
+        stay: list[int] = []
+        leave: list[int] = []
+        of_group: list[int] = []
+        start = 0
         for index, group in enumerate(groups):
             rows = range(start, start + len(group.texts))
             start = rows.stop
