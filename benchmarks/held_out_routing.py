@@ -5,8 +5,8 @@
 
 Every skill of SHOTS (or --skills) gets an expert: LoRA on --rows rows of the skill, drawn from POOL. Of SUITE, --own
 items of each expert's skill and --foreign of each other skill are what routers learn from, and as many more what they
-are measured on; both are observed. Without names, all routers with their defaults. What lies in DIR already is used as
-it is, so that a stopped run goes on, and other routers can be measured without a model.
+are measured on; both are observed. Experts are profiled on the former. Without names, all routers with their defaults.
+What lies in DIR already is used as it is, so that a stopped run goes on, and routers can be measured without a model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from pathlib import Path
 from xpert import plugins
 from xpert.data import open_pool, read_shots, read_suite
 from xpert.errors import XpertError
-from xpert.experts.mixture import Mixture, assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.evaluate import Evaluation, ItemResult
+from xpert.experts.mixture import BASE, Mixture, assemble, load_mixture, open_expert, write_mixture
 from xpert.experts.observations import Observed, for_mixture, read_observations
 from xpert.experts.observe_options import ObserveOptions
 from xpert.experts.observing import observe
+from xpert.experts.profiles import Views, as_profile, write_profile
 from xpert.experts.router_evaluation import RouterChoice, RouterFigures, evaluate_routers
+from xpert.experts.term_keywords import keywords_by_terms
 from xpert.experts.train import train
 from xpert.experts.train_options import TrainOptions
 from xpert.progress import StreamProgress
@@ -34,6 +37,8 @@ from xpert.selection_folder import write_rows
 
 LONGEST = 400
 """Characters of a prompt, and 60 of an answer, beyond which rows are left out: they would take most of the time."""
+LEAST_ITEMS = 3
+"""Items of a keyword."""
 METRICS = ("exact", "choice", "number", "f1", "set")
 TRAINING = TrainOptions(rank=8, alpha=16, dropout=0.0, learning_rate=1e-3, epochs=1.0, batch_size=8, max_length=200)
 OBSERVING = ObserveOptions(max_tokens=16)
@@ -54,6 +59,8 @@ def main() -> None:
     mixture = _mixture(given.work, wanted, given.pool, given.shots, given.base, given.rows)
     _split(given.work, given.prompts, set(wanted), given.own, given.foreign)
     train_on, test_on = (_observed(given.work, mixture, part) for part in ("train", "test"))
+    _profile(given.work, mixture, train_on)
+    mixture = load_mixture(given.work / "mixture.json")
     _table(mixture, train_on, test_on, given.routers or plugins.names("router"))
 
 
@@ -110,6 +117,26 @@ def _observed(work: Path, mixture: Mixture, part: str) -> Observed:
     if not folder.is_dir():
         observe(mixture, work / f"{part}.jsonl", folder, OBSERVING, progress=StreamProgress())
     return for_mixture(read_observations(folder), mixture)
+
+
+def _profile(work: Path, mixture: Mixture, seen: Observed) -> None:
+    """Profiles by skill and keyword for the routers that read them, of the answers observed in training alone."""
+    items = read_suite(work / "train.jsonl").items
+    results = {
+        subject: [
+            ItemResult(item.row.id, item.skill, outputs[column], float(scores[column]), None, ())
+            for item, outputs, scores in zip(items, seen.outputs, seen.observations.scores, strict=True)
+        ]
+        for column, subject in enumerate(seen.observations.subjects)
+    }
+    found = Evaluation(items, results)
+    views = Views(keywords=keywords_by_terms([item.row.prompt for item in items], LEAST_ITEMS))
+    for expert in mixture.experts:
+        if expert.card.profile is None:
+            profile = as_profile(
+                found, expert.key, BASE, suite=seen.suite, suite_fingerprint=seen.suite_fingerprint, views=views
+            )
+            write_profile(expert.folder, profile, found, on_hub=False)
 
 
 def _table(mixture: Mixture, train_on: Observed, test_on: Observed, routers: Sequence[str]) -> None:

@@ -42,9 +42,10 @@ def command(
     if out.is_dir():
         raise BadInput("is a folder; a mixture is a file", where=str(out), hint="write -o FOLDER/mixture.json")
     check_output(out)
+    seen = observed()
     made = calibrate(
         mixture,
-        observed(),
+        seen,
         out,
         settings,
         folds=folds,
@@ -54,7 +55,8 @@ def command(
     )
     calibration = made.calibration
     assert calibration is not None
-    session.result({"mixture": str(out), **calibration.to_dict()}, _text(out, calibration))
+    value = {"mixture": str(out), "observations": str(seen.folder), **calibration.to_dict()}
+    session.result(value, _text(out, calibration))
 
 
 def _text(out: Path, calibration: Calibration) -> str:

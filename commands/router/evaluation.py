@@ -61,9 +61,10 @@ def command(
     choices = [RouterChoice.parse(text) for text in routers]
     if out is not None:
         check_output(out)
+    seen = observed()
     found = evaluate_routers(
         mixture,
-        observed(),
+        seen,
         choices,
         held_out=observed(held_out) if held_out is not None else None,
         folds=folds,
@@ -73,7 +74,7 @@ def command(
     )
     if out is not None:
         write_router_report(out, found)
-    session.result(found.to_dict(), "\n".join(_lines(found)))
+    session.result({"observations": str(seen.folder), **found.to_dict()}, "\n".join(_lines(found)))
 
 
 def router_table(found: RouterEvaluation) -> list[str]:
