@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,7 @@ def _observe(
         bare = replace(mixture, gate=None)
         return load_engine(bare, device=device, max_batch=options.max_batch, progress=progress)
 
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out), _alone(partial, out):
         done = {int(line["index"]): line["row"] for line in read_journal(partial, key)}
         left = [index for index in range(len(items)) if index not in done]
         if done and left:
@@ -146,6 +146,20 @@ def _observe(
         )
         partial.unlink(missing_ok=True)
     return found
+
+
+@contextmanager
+def _alone(partial: Path, out: Path) -> Iterator[None]:
+    """Raises BadInput where another process is at the same work."""
+    import fcntl
+
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "a", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput("another process is observing into it", where=str(out), hint="wait for it") from None
+        yield
 
 
 def _rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from collections.abc import Callable
@@ -146,6 +147,13 @@ def test_another_configuration_does_not_meet_what_a_stopped_run_left(
     assert len(observe(mixture, suite, tmp_path / "seen", OPTIONS, device="cpu")) == 7
 
 
+def test_two_processes_do_not_observe_into_one_folder(mixture: Mixture, suite: Path, tmp_path: Path) -> None:
+    with open(tmp_path / ".seen.partial", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="another process is observing into it"):
+            observe(mixture, suite, tmp_path / "seen", OPTIONS, device="cpu")
+
+
 def test_a_suite_is_observed_once(
     mixture: Mixture, suite: Path, monkeypatch: pytest.MonkeyPatch, mixture_file: Callable[..., Path]
 ) -> None:
@@ -228,3 +236,30 @@ def test_through_the_command(
     assert value["subjects"] == ["casing", "arithmetic", "reversal", "base"]
     taken = xpert("router", "observe", mixture_file("fixed", name="b"), "--on", suite, "-o", tmp_path / "seen")
     assert (taken.exit_code, "the output exists already" in taken.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--on", "gone.jsonl", "-o", "seen"), "gone.jsonl"),
+        (("--on", "suite.jsonl", "-o", "suite.jsonl"), "the output exists already"),
+        (("--on", "suite.jsonl", "-o", "seen", "--metric", "likelyhood"), "Did you mean 'likelihood'?"),
+        (("--on", "suite.jsonl", "-o", "seen", "--limit", "0"), "limit is 0; the least is 1"),
+        (("--on", "suite.jsonl", "-o", "seen", "--skip-metric", "chrf,choice"), "every item is left out"),
+        (("--on", "suite.jsonl"), "Missing option '-o'"),
+    ],
+)
+def test_mistakes(
+    xpert: Callable[..., Result],
+    mixture_file: Callable[..., Path],
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = xpert("router", "observe", mixture_file("fixed"), *arguments, "--device", "cpu")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert message in found.stderr.splitlines()[-1]
+    assert not (tmp_path / "seen").exists()
