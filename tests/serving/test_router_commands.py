@@ -15,6 +15,7 @@ from click.testing import Result
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
+from xpert.experts.calibration import Calibration
 from xpert.experts.mixture import Mixture, load_mixture, write_mixture
 from xpert.experts.observations import Observed, write_observations
 from xpert.experts.routing import MixtureRouter, route_request
@@ -27,7 +28,7 @@ from xpert.protocols import (
     RouteRequest,
     RouterState,
 )
-from xpert.records import Row
+from xpert.records import Message, Row
 
 SKILLS = ("casing", "arithmetic", "reversal")
 SUBJECTS = (*SKILLS, "base")
@@ -421,6 +422,23 @@ def test_a_learned_router_is_calibrated_on_prompts_left_out(
     calibrated = load_mixture(tmp_path / "c.json")
     assert calibrated.router_state is not None
     assert calibrated.router_state.file == (tmp_path / "t.router.safetensors")
+
+
+def test_the_chance_is_that_of_the_expert_that_answers_first(mixture_file: Callable[..., Path]) -> None:
+    """Which the experts' weights in the mixture may make another than the router's first."""
+    plain = load_mixture(mixture_file("centroid", top=2, threshold=-1.0, temperature=10.0))
+    weighed = replace(
+        plain,
+        experts=tuple(replace(e, weight=1.0 if e.key == "casing" else 5.0) for e in plain.experts),
+        calibration=Calibration((-1.0, 1.0), (0.0, 1.0)),
+    )
+    request = RouteRequest("one", (Message("user", "Write the word in capitals.\n\ntomato"),))
+    (before,), (after,) = (MixtureRouter(one).route([request]) for one in (plain, weighed))
+    assert before.experts[0][0] == "casing"
+    first = after.experts[0][0]
+    assert first != "casing"
+    score = next(candidate.score for candidate in after.candidates if candidate.expert == first)
+    assert after.chance == pytest.approx((score + 1) / 2)
 
 
 def test_a_published_mixture_routes_as_before(
