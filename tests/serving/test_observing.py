@@ -39,9 +39,15 @@ def suite(write_jsonl: Write, columns: Callable[..., list[dict[str, Any]]]) -> P
     return write_jsonl("suite.jsonl", rows)
 
 
+MADE: list[Mixture] = []
+
+
 @pytest.fixture
 def mixture(mixture_file: Callable[..., Path]) -> Mixture:
-    return load_mixture(mixture_file("fixed"))
+    """Three experts, made once."""
+    if not MADE:
+        MADE.append(load_mixture(mixture_file("fixed")))
+    return MADE[0]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
