@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("merge", "Merge weighted experts into one adapter, and tell its error."),
     "prune": ("prune", "Make a mixture smaller by usage, or by likeness on a task."),
     "distil": ("distil", "Teach one adapter what a mixture, or weighted experts, would answer."),
+    "router": ("router", "Observe a mixture's experts; train, measure and calibrate its router."),
     "route": ("route", "Explain where a mixture sends each prompt."),
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),

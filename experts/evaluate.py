@@ -7,6 +7,7 @@ oracle and a random router cost little once every expert has answered.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """One subject's result on one item. `choice`: is the likeliest choice right? None where there are no choices."""
+    """One subject's result on one item. `choice`: is the likeliest choice right? None where there are no choices.
+
+    confidence: the geometric mean of the probabilities of the output's tokens, None where it was not asked for.
+    """
 
     id: str
     skill: str
@@ -87,6 +91,7 @@ class ItemResult:
     choice: bool | None
     experts: WeightedExperts
     asked: Asked | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,8 @@ def evaluate(
     options: EvalOptions | None = None,
     *,
     known: Evaluation | None = None,
+    confidences: bool = False,
+    weigh_choices: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -187,7 +194,8 @@ def evaluate(
 
     `encode` gives an item's prompt as token ids, `encode_answer` an answer's with the end of turn. Cost: one
     generation and one likelihood per choice for each distinct (item, experts), less what `known` (an evaluation of
-    the same items on the same engine) has answered.
+    the same items on the same engine) has answered. `confidences` has the engine tell its log-probabilities too;
+    without `weigh_choices` no choice's likelihood is computed.
     """
     options = options or EvalOptions()
     assigned = {subject.name: subject.asks(items) for subject in subjects}
@@ -196,9 +204,9 @@ def evaluate(
     wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
     begun = time.perf_counter()
-    outputs, tokens = _generate(engine, prompts, wanted, options, progress)
+    outputs, sure, tokens = _generate(engine, prompts, wanted, options, progress, confidences)
     answered = time.perf_counter()
-    choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
+    choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress) if weigh_choices else {}
     spent = {"seconds": time.perf_counter() - begun, "answer_seconds": answered - begun, "tokens": tokens}
     for index, asked in wanted:
         made[index, asked] = ItemResult(
@@ -209,6 +217,7 @@ def evaluate(
             choice=_is_right(items[index], choices.get((index, asked))),
             experts=asked.experts,
             asked=asked,
+            confidence=sure.get((index, asked)),
         )
     results = {name: [made[index, asked] for index, asked in enumerate(rows)] for name, rows in assigned.items()}
     return Evaluation(items, results, seed=seed, generated=len(wanted), spent=spent)
@@ -236,18 +245,25 @@ def _generate(
     wanted: Sequence[_Pair],
     options: EvalOptions,
     progress: Progress,
-) -> tuple[dict[_Pair, str], int]:
-    sampling = Sampling(max_tokens=options.max_tokens)
+    confidences: bool,
+) -> tuple[dict[_Pair, str], dict[_Pair, float], int]:
+    """The outputs, their confidences where those are asked for (NaN without tokens), and the tokens generated."""
+    sampling = Sampling(max_tokens=options.max_tokens, logprobs=0 if confidences else None)
     requests = [asked.request(str(n), prompts[index], sampling) for n, (index, asked) in enumerate(wanted)]
     texts: dict[_Pair, list[str]] = {pair: [] for pair in wanted}
+    logprobs: dict[_Pair, list[float]] = {pair: [] for pair in wanted} if confidences else {}
     tokens = 0
     with progress.task("answering", len(requests)) as task:
         for piece in engine.generate(requests):
-            texts[wanted[int(piece.request_id)]].append(piece.text)
+            pair = wanted[int(piece.request_id)]
+            texts[pair].append(piece.text)
+            if confidences:
+                logprobs[pair] += [token.logprob for token in piece.tokens]
             if piece.finished:
                 tokens += piece.completion_tokens
                 task.advance()
-    return {pair: "".join(parts) for pair, parts in texts.items()}, tokens
+    sure = {pair: math.exp(sum(told) / len(told)) if told else math.nan for pair, told in logprobs.items()}
+    return {pair: "".join(parts) for pair, parts in texts.items()}, sure, tokens
 
 
 def _likeliest(

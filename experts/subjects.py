@@ -19,6 +19,7 @@ from xpert.records import SuiteItem
 from xpert.registry.card import CARD_FILE
 
 __all__ = [
+    "RANDOM_SEEDS",
     "Entrant",
     "average",
     "control_subjects",
@@ -178,6 +179,8 @@ def score_subjects(
     options: EvalOptions,
     *,
     known: Evaluation | None = None,
+    confidences: bool = False,
+    weigh_choices: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -192,6 +195,8 @@ def score_subjects(
         subjects,
         options,
         known=known,
+        confidences=confidences,
+        weigh_choices=weigh_choices,
         seed=seed,
         progress=progress,
     )

@@ -1,0 +1,105 @@
+"""Milliseconds that routing adds to a request, by router and number of experts.
+
+    OMP_NUM_THREADS=1 python benchmarks/routing_speed.py [--experts 100,1000,10000] [--requests 200] [NAME ...]
+
+Experts are made up: each has 8 exemplars of 16 words, half of them of its own 30 words and half of all 20,000, which are
+as frequent as 1/rank; a description of 12 of its words, and votes on 40 keywords, of which 8 are its own words. A
+prompt is made like an exemplar of one expert. Single requests are routed one by one, each a prompt of its own; batches
+hold 16. One thread; no language model. `NAME`s of routers or `centroid:mode=centroid` choose rows of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from xpert import plugins
+from xpert.protocols import RoutableExpert, Router, RouteRequest
+from xpert.records import Message
+
+ROUTERS = ("random", "fixed:expert=x00000", "centroid", "centroid:mode=centroid", "skills", "glider")
+BATCH = 16
+WORDS, OWN, EXEMPLARS = 20_000, 30, 8
+KEYWORDS, PROFILED = 500, 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("routers", nargs="*", default=ROUTERS, metavar="NAME")
+    parser.add_argument("--experts", default="100,1000,10000")
+    parser.add_argument("--requests", type=int, default=200)
+    given = parser.parse_args()
+    print(
+        "| experts | router | prepare, s | one request, ms: median | p99 | of a batch of 16, ms a request: median | p99 |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for count in map(int, given.experts.split(",")):
+        experts, requests = _made_up(count, given.requests)
+        for name in given.routers:
+            started = time.perf_counter()
+            router = _opened(name)
+            router.prepare(experts)
+            prepared = time.perf_counter() - started
+            router.route(requests[:BATCH])  # what is only made at the first request
+            single = _milliseconds(router, [requests[at : at + 1] for at in range(len(requests))])
+            batch = _milliseconds(router, [requests[at : at + BATCH] for at in range(0, len(requests), BATCH)]) / BATCH
+            figures = [*np.percentile(single, [50, 99]), *np.percentile(batch, [50, 99])]
+            print(f"| {count:,} | {name} | {prepared:.1f} | {' | '.join(f'{f:.2f}' for f in figures)} |", flush=True)
+
+
+def _opened(name: str) -> Router:
+    plugin, _, params = name.partition(":")
+    kind = plugins.load("router", plugin)
+    router: Router = kind(kind.Options.from_mapping(dict(pair.split("=", 1) for pair in params.split(",") if pair)))
+    return router
+
+
+def _milliseconds(router: Router, batches: Sequence[Sequence[RouteRequest]]) -> np.ndarray:
+    spent = []
+    for batch in batches:
+        started = time.perf_counter()
+        router.route(batch)
+        spent.append((time.perf_counter() - started) * 1000)
+    return np.array(spent)
+
+
+def _made_up(count: int, requests: int, seed: int = 0) -> tuple[list[RoutableExpert], list[RouteRequest]]:
+    random = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = np.unique(["".join(row) for row in random.choice(letters, (WORDS * 2, 7))])[:WORDS]
+    random.shuffle(words)
+    frequency = 1 / np.arange(1, len(words) + 1)
+    frequency /= frequency.sum()
+    own = random.choice(words, (count, OWN))
+
+    def text(expert: int) -> str:
+        chosen = [*random.choice(own[expert], 8), *random.choice(words, 8, p=frequency)]
+        return " ".join(np.array(chosen)[random.permutation(16)])
+
+    keywords = words[-KEYWORDS:]
+    experts = []
+    for number in range(count):
+        others = random.choice(keywords, PROFILED - 8, replace=False)
+        votes = {str(word): (float(right), 20.0 - right) for word, right in zip(others, random.integers(0, 15, 40))}
+        votes |= {str(word): (18.0, 2.0) for word in own[number][:8]}
+        experts.append(
+            RoutableExpert(
+                f"x{number:05}",
+                tuple(text(number) for _ in range(EXEMPLARS)),
+                (f"skill {number}",),
+                description=" ".join(own[number][:12]),
+                keyword_votes=votes,
+            )
+        )
+    prompts = [text(int(random.integers(count))) for _ in range(requests)]
+    return experts, [RouteRequest(f"r{i}", (Message("user", prompt),)) for i, prompt in enumerate(prompts)]
+
+
+if __name__ == "__main__":
+    main()
