@@ -120,7 +120,8 @@ class _Fold:
         if fold == 0:
             centroids = [(i, group.prototypes) for i, group in enumerate(groups) if group.prototypes is not None]
             if centroids:
-                self.prompts = np.concatenate([self.prompts, *(rows for _, rows in centroids)]).astype(np.float32)
+                left_out = [self.prompts] if leave else []
+                self.prompts = np.concatenate([*left_out, *(rows for _, rows in centroids)]).astype(np.float32)
                 of_group += [index for index, rows in centroids for _ in rows]
         self.of_group = np.array(of_group, np.int64)
 
