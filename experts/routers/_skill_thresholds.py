@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -128,8 +129,8 @@ class _Fold:
     def own_rows(self) -> Iterator[tuple[int, slice]]:
         """(place of a group among those present, the prompts that are its left-out exemplars)."""
         numbers = self.of_group[: self.left]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), self.left], strict=True):
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+        for start, end in itertools.pairwise([*starts, self.left]):
             yield int(np.searchsorted(self.present, numbers[start])), slice(start, end)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 
 from xpert import plugins
 from xpert.embedding import normalise
-from xpert.errors import BadInput
 from xpert.experts.routers import _skill_thresholds, centroid
 from xpert.experts.routers._choice import SHOWN, best_places, ranked, shuffled
 from xpert.experts.routers._familiarity import Familiarity
 from xpert.experts.routers._skill_space import PromptSpace, SkillGroup, SkillSpace, groups_of
 from xpert.experts.routers._skill_thresholds import calibrated
-from xpert.progress import SILENT, Progress
 from xpert.protocols import Floats, RoutableExpert, Route, RouteRequest
 from xpert.records import Message
 
@@ -242,92 +240,3 @@ def test_of_many_strangers_an_even_sample_serves(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_skill_thresholds, "STRANGERS", 60)
     some = calibrated(groups, vectors, "nearest", lsa_space, reject=0.4, strictness=0)
     assert 0 < np.abs(whole - some).mean() < 0.05 and whole.min() > 0.05
-
-
-# ── prototypes in place of exemplars ─────────────────────────────────────────────────────────────────────────────
-
-
-class Letters:
-    """Counts of the letters a to f: a space that stays."""
-
-    identity = "letters/1"
-
-    def raw(self, texts: Sequence[str]) -> Floats:
-        return normalise(np.array([[text.count(letter) for letter in "abcdef"] for text in texts], np.float32))
-
-    def settle(self, rows: Floats) -> Floats:
-        return rows
-
-    def fit(self, texts: Sequence[str]) -> None: ...
-
-    def embed(self, texts: Sequence[str], progress: Progress = SILENT) -> Floats:
-        return self.raw(texts)
-
-
-@pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
-    """The embedder `letters`, wherever one is opened."""
-    known: Callable[..., Any] = plugins.load
-    made = Letters()
-
-    def load(kind: str, name: str) -> Any:
-        return (lambda _: made) if (kind, name) == ("embedder", "letters") else known(kind, name)
-
-    monkeypatch.setattr("xpert.plugins.load", load)
-    return made
-
-
-def by_prototypes(key: str, texts: Sequence[str], identity: str = "letters/1") -> RoutableExpert:
-    rows = Letters().raw(list(texts))
-    return RoutableExpert(key, (), prototypes={identity: (("",) * len(rows), rows)})
-
-
-def ask(text: str) -> list[RouteRequest]:
-    return [RouteRequest("1", (Message("user", text),))]
-
-
-@pytest.mark.usefixtures("letters")
-@pytest.mark.parametrize("mode", ["nearest", "centroid"])
-def test_an_expert_is_reached_by_its_prototypes(mode: str) -> None:
-    experts = [
-        RoutableExpert("x/ab", ("ab", "aab", "abb", "aabb", "aaabb", "aabbb", "ba", "bba")),
-        by_prototypes("x/cd", ["c", "d"]),
-    ]
-    router = opened("centroid", experts, embedder="letters", mode=mode)
-    (route,) = router.route(ask("ccccd"))
-    assert route.experts == (("x/cd", 1.0),) and "nearest skill 'x/cd' of x/cd, cosine 0.97" in route.reason
-    assert router.route(ask("aab"))[0].experts == (("x/ab", 1.0),)
-    assert router.route(ask("efff"))[0].experts == ()
-    own, other = router.thresholds
-    assert 0 < other < 1 and own > 0  # its exemplars' scores and the others' have set both
-
-
-@pytest.mark.usefixtures("letters")
-def test_prototypes_alone_are_held_against_each_other() -> None:
-    experts = [by_prototypes("x/ab", ["aab"]), by_prototypes("x/bc", ["bbc"]), by_prototypes("x/e", ["e"])]
-    router = opened("centroid", experts, embedder="letters")
-    shared = float(Letters().raw(["aab"])[0] @ Letters().raw(["bbc"])[0])
-    assert router.thresholds.tolist() == pytest.approx([shared, shared, 1e-5], abs=1e-6)
-    assert router.route(ask("aaab"))[0].experts == (("x/ab", 1.0),)
-    assert router.route(ask("f"))[0].experts == ()
-
-
-@pytest.mark.usefixtures("letters")
-def test_exemplars_are_used_where_there_are_both() -> None:
-    both = RoutableExpert("x", ("ab",), prototypes=by_prototypes("x", ["ef"]).prototypes)
-    router = opened("centroid", [both, RoutableExpert("y", ("cd",))], embedder="letters", threshold=0.5)
-    assert router.route(ask("ab"))[0].experts == (("x", 1.0),) and router.route(ask("ef"))[0].experts == ()
-
-
-@pytest.mark.parametrize(
-    ("embedder", "identity", "said"),
-    [
-        ("letters", "minilm/1", "no exemplars and no prototypes of embedder letters (it has those of minilm/1)"),
-        ("lsa", "letters/1", "no exemplars and no prototypes of embedder lsa (it has those of letters/1)"),
-    ],
-)
-@pytest.mark.usefixtures("letters")
-def test_prototypes_of_another_space_are_no_use(embedder: str, identity: str, said: str) -> None:
-    with pytest.raises(BadInput) as error:
-        opened("centroid", [by_prototypes("x", ["a"], identity)], embedder=embedder)
-    assert said in str(error.value)
