@@ -50,6 +50,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "bandits": [*rows, *anchors, "--rows", "4000", "--skills", "1", "--seeds", "1"],
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
+        "routing_speed": ["--experts", "100,1000", "--requests", "50"],
         "engine": ["--repeats", "2"],
         "constraints": ["--repeats", "1"],
         "merging": ["--width", "64", "--layers", "1"],
