@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/routing_speed.py [--experts 100,1000,10000] [--requests 200] [NAME ...]
 
-Experts are made up: each has 8 exemplars of 16 words, half of them of its own 30 words and half of all 20,000, which are
-as frequent as 1/rank; a description of 12 of its words, and votes on 40 keywords, of which 8 are its own words. A
+Experts are made up: each has 8 exemplars of 16 words, half of them of its own 30 words and half of all 20,000, which
+are as frequent as 1/rank; a description of 12 of its words, and votes on 40 keywords, of which 8 are its own words. A
 prompt is made like an exemplar of one expert. Single requests are routed one by one, each a prompt of its own; batches
-hold 16. One thread; no language model. `NAME`s of routers or `centroid:mode=centroid` choose rows of the table.
+hold 16. CPU milliseconds of one thread, so that what else runs on the machine counts little; no language model. NAMEs
+of routers, such as `centroid` or `centroid:mode=centroid`, choose rows of the table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xpert import plugins
 from xpert.protocols import RoutableExpert, Router, RouteRequest
@@ -35,17 +37,15 @@ def main() -> None:
     parser.add_argument("--experts", default="100,1000,10000")
     parser.add_argument("--requests", type=int, default=200)
     given = parser.parse_args()
-    print(
-        "| experts | router | prepare, s | one request, ms: median | p99 | of a batch of 16, ms a request: median | p99 |"
-    )
+    print("| experts | router | prepare, s | alone, ms: median | p99 | in a batch of 16, ms a request: median | p99 |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for count in map(int, given.experts.split(",")):
         experts, requests = _made_up(count, given.requests)
         for name in given.routers:
-            started = time.perf_counter()
+            started = time.process_time()
             router = _opened(name)
             router.prepare(experts)
-            prepared = time.perf_counter() - started
+            prepared = time.process_time() - started
             router.route(requests[:BATCH])  # what is only made at the first request
             single = _milliseconds(router, [requests[at : at + 1] for at in range(len(requests))])
             batch = _milliseconds(router, [requests[at : at + BATCH] for at in range(0, len(requests), BATCH)]) / BATCH
@@ -60,12 +60,12 @@ def _opened(name: str) -> Router:
     return router
 
 
-def _milliseconds(router: Router, batches: Sequence[Sequence[RouteRequest]]) -> np.ndarray:
+def _milliseconds(router: Router, batches: Sequence[Sequence[RouteRequest]]) -> NDArray[np.float64]:
     spent = []
     for batch in batches:
-        started = time.perf_counter()
+        started = time.process_time()
         router.route(batch)
-        spent.append((time.perf_counter() - started) * 1000)
+        spent.append((time.process_time() - started) * 1000)
     return np.array(spent)
 
 
@@ -86,7 +86,8 @@ def _made_up(count: int, requests: int, seed: int = 0) -> tuple[list[RoutableExp
     experts = []
     for number in range(count):
         others = random.choice(keywords, PROFILED - 8, replace=False)
-        votes = {str(word): (float(right), 20.0 - right) for word, right in zip(others, random.integers(0, 15, 40))}
+        rights = random.integers(0, 15, len(others))
+        votes = {str(word): (float(n), 20.0 - n) for word, n in zip(others, rights, strict=True)}
         votes |= {str(word): (18.0, 2.0) for word in own[number][:8]}
         experts.append(
             RoutableExpert(

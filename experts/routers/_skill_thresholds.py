@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -135,15 +136,16 @@ class _Fold:
         if fold == 0:
             centroids = [(i, group.prototypes) for i, group in enumerate(groups) if group.prototypes is not None]
             if centroids:
-                self.prompts = np.concatenate([self.prompts, *(rows for _, rows in centroids)]).astype(np.float32)
+                left_out = [self.prompts] if leave else []
+                self.prompts = np.concatenate([*left_out, *(rows for _, rows in centroids)]).astype(np.float32)
                 of_group += [index for index, rows in centroids for _ in rows]
         self.of_group = np.array(of_group, np.int64)
 
     def own_rows(self) -> Iterator[tuple[int, slice]]:
         """(place of a group among those present, the prompts that are its left-out exemplars)."""
         numbers = self.of_group[: self.left]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), self.left], strict=True):
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+        for start, end in itertools.pairwise([*starts, self.left]):
             yield int(np.searchsorted(self.present, numbers[start])), slice(start, end)
 
 

@@ -79,6 +79,7 @@ class CentroidRouter:
     """
 
     Options = CentroidOptions
+    remedy = "import it with --exemplars, train it with shots, or mix with --router fixed"
 
     def __init__(self, options: CentroidOptions, *, seed: int = 0, device: str = "auto") -> None:
         self.options, self._seed, self._device = options, seed, device
@@ -104,7 +105,7 @@ class CentroidRouter:
         for key, what in self.lacking(self.options, experts, device=self._device).items():
             raise BadInput(
                 f"expert {key!r} has no {what}, which router centroid needs",
-                hint="train it with shots, or mix with --router fixed",
+                hint=self.remedy,
             )
         # In an order of their own: the axes of a fitted space depend on the order of its texts, and routes must not.
         ordered = sorted(experts, key=lambda expert: expert.key)
