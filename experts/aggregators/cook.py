@@ -61,9 +61,9 @@ class CookAggregator:
     """Experts are knowledge cards: they write passages, which stand before the question when it is answered.
 
     bottom-up: every expert of the route writes a passage; those most like the question (relevance) and like the other
-    passages (agreement, in the place of the paper's factuality, which needs a corpus to retrieve from) are kept, and cut to
-    `words` (brevity, in the place of a summary model). top-down: the answering model is asked whether it needs more
-    information; while Yes is likelier than No, the expert whose description it finds likeliest per token writes a
+    passages (agreement, in the place of the paper's factuality, which needs a corpus to retrieve from) are kept, and
+    cut to `words` (brevity, in the place of a summary model). top-down: the answering model is asked whether it needs
+    more information; while Yes is likelier than No, the expert whose description it finds likeliest per token writes a
     passage. Where passages do not fit the context, the last ones are left out, and the log says so.
 
     Cost: bottom-up a passage per expert of the route, and the answer; top-down up to `top` passages, each after two
