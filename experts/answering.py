@@ -84,6 +84,7 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "experts": [[e.key, e.fingerprint, e.weight] for e in mixture.experts],
         "router": [mixture.router, dict(mixture.router_params)],
         "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
+        "aggregator": mixture.aggregator and mixture.aggregator.to_dict(),
     }
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput
-from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.experts.aggregated import check_aggregator
+from xpert.experts.mixture import (
+    AggregatorChoice,
+    GateChoice,
+    Mixture,
+    MixtureExpert,
+    assemble,
+    open_expert,
+    router_options,
+)
 from xpert.experts.recruiting.options import RecruitOptions
 from xpert.progress import SILENT, Progress
 from xpert.records import Shots
@@ -32,6 +41,7 @@ def mix(
     shots: Shots | None = None,
     recruiting: RecruitOptions | None = None,
     gate: GateChoice | None = None,
+    aggregator: AggregatorChoice | None = None,
     base: str | None = None,
     name: str = "mixture",
     device: str = "auto",
@@ -41,8 +51,8 @@ def mix(
     that belong to `base`, in their latest versions. With `shots`, of the group of them that `recruit` chooses.
 
     Of all experts, those that the router could never choose, since they have no exemplars, stay out. Raises BadInput
-    where such an expert is named, where the experts belong to different bases, or for options of recruiting without
-    shots; NotFound where an expert does not exist.
+    where such an expert is named, where the experts belong to different bases, for options of recruiting without
+    shots, or for an aggregator that the router gives nothing to do; NotFound where an expert does not exist.
     """
     if recruiting is not None and shots is None:
         raise BadInput("experts are recruited by shots, and none are given", hint="give --shots FILE")
@@ -61,10 +71,14 @@ def mix(
         registry=registry.location,
         base=model,
         gate=gate,
+        aggregator=aggregator,
     )
+    check_aggregator(mixture)
     if shots is None:
         return mixture
-    return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+    recruited = _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+    check_aggregator(recruited)
+    return recruited
 
 
 def _with_exemplars(
@@ -149,6 +163,7 @@ def _recruited(mixture: Mixture, shots: Shots, options: RecruitOptions, device: 
         base=mixture.base,
         recruited=found.lines(),
         gate=mixture.gate,
+        aggregator=mixture.aggregator,
     )
 
 

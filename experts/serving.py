@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.aggregated import open_aggregator, question_of
+from xpert.experts.aggregating import Dialogue, aggregate, model_encoding
+from xpert.experts.cascading import confidence_of, escalated, first_stage, unsure
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
-from xpert.protocols import EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.protocols import (
+    Aggregator,
+    EngineRequest,
+    Gate,
+    Route,
+    RouteRequest,
+    Sampling,
+    TokenLogprob,
+    WeightedExperts,
+)
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
@@ -44,7 +56,9 @@ class EngineChoice:
 class Reply:
     """An answer, who gave it and why; timings in seconds since the batch began.
 
-    queued: until the engine took the request; first_token: until its first text; total: until its end.
+    queued: until the engine took the request; first_token: until its first text; total: until its end. Tokens are of
+    all that was computed for it. aggregated: how one reply came of several, with an aggregator. stage and confidence:
+    of a route with two stages, which one answered (1 or 2), and how sure the first answer was.
     """
 
     id: str
@@ -54,6 +68,9 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     timings: Mapping[str, float] = field(default_factory=dict)
+    aggregated: Mapping[str, Any] | None = None
+    stage: int | None = None
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,6 +82,9 @@ class Reply:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
+            **({"aggregated": dict(self.aggregated)} if self.aggregated is not None else {}),
+            **({"stage": self.stage} if self.stage is not None else {}),
+            **({"confidence": round(self.confidence, 6)} if self.confidence is not None else {}),
         }
 
 
@@ -74,11 +94,19 @@ class MixtureRunner:
     `engine` holds the experts already; besides `protocols.Engine` it tells its `context` (tokens of prompt and reply).
     """
 
-    def __init__(self, mixture: Mixture, lm: LanguageModel, engine: Any, router: MixtureRouter) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        lm: LanguageModel,
+        engine: Any,
+        router: MixtureRouter,
+        aggregator: Aggregator | None = None,
+    ) -> None:
         self.mixture = mixture
         self.lm = lm
         self.engine = engine
         self.router = router
+        self.aggregator = aggregator or open_aggregator(mixture, device=str(lm.device))
         self._strength = {expert.key: expert.weight for expert in mixture.experts}
         self._cosines = gate_cosines(mixture, device=str(lm.device))
 
@@ -96,10 +124,11 @@ class MixtureRunner:
     ) -> MixtureRunner:
         """Prepares the router, loads the base model and every expert."""
         router = MixtureRouter(mixture, seed=seed, device=device)
+        aggregator = open_aggregator(mixture, seed=seed, device=device)
         lm, opened = load_engine(
             mixture, device=device, dtype=dtype, max_batch=max_batch, engine=engine, progress=progress
         )
-        return cls(mixture, lm, opened, router)
+        return cls(mixture, lm, opened, router, aggregator)
 
     def close(self) -> None:
         """Lets go of what the engine holds; nothing can be answered after."""
@@ -163,52 +192,113 @@ class MixtureRunner:
         """Replies in the order of the rows. `finished(index, reply)` hears of each as it ends.
 
         With a seed, every row draws from its own one, made of the seed and the row's number (by default its index),
-        so that its answer does not depend on its neighbours.
+        so that its answer does not depend on its neighbours. Where a route has a second stage, first answers that are
+        not sure enough are thrown away and given anew, in a second pass over all of them.
         """
         numbers = range(len(rows)) if numbers is None else numbers
         routes = self.route([route_request(row) for row in rows])
+        samplings = [_own_seed(sampling, number) for number in numbers]
+        if self.aggregator is not None:
+            return self._aggregated(rows, routes, samplings, progress, finished)
         requests = [
             self.engine_request(
-                str(index),
-                row.messages,
-                routes[index].experts,
-                _own_seed(sampling, number),
-                where=f"prompt {row.id}",
+                str(index), row.messages, route.experts, first_stage(route, own), where=f"prompt {row.id}"
             )
-            for index, (number, row) in enumerate(zip(numbers, rows, strict=True))
+            for index, (row, route, own) in enumerate(zip(rows, routes, samplings, strict=True))
         ]
         begin = time.monotonic()
         clock: dict[int, dict[str, float]] = {index: {} for index in range(len(rows))}
         texts: list[list[str]] = [[] for _ in rows]
+        told: list[list[TokenLogprob]] = [[] for _ in rows]
+        spent: list[tuple[int, int]] = [(0, 0)] * len(rows)
+        confidence: dict[int, float] = {}
         replies: dict[int, Reply] = {}
+        again: list[int] = []
 
-        def feed() -> Iterator[EngineRequest]:
-            for index, request in enumerate(requests):
-                clock[index]["queued"] = time.monotonic() - begin
-                yield request
+        def feed(stage: int) -> Iterator[EngineRequest]:
+            for index in range(len(rows)) if stage == 1 else again:
+                if stage == 2:
+                    routes[index], texts[index] = escalated(routes[index], confidence[index]), []
+                    requests[index] = self.engine_request(
+                        str(index),
+                        rows[index].messages,
+                        routes[index].experts,
+                        samplings[index],
+                        where=f"prompt {rows[index].id}",
+                    )
+                clock[index].setdefault("queued", time.monotonic() - begin)
+                yield requests[index]
 
         with progress.task("answering", total=len(rows)) as task:
             tokens = 0
-            for piece in self.engine.generate(feed()):
-                index = int(piece.request_id)
-                clock[index].setdefault("first_token", time.monotonic() - begin)
-                texts[index].append(piece.text)
-                if piece.finished is None:
-                    continue
-                clock[index]["total"] = time.monotonic() - begin
-                tokens += piece.completion_tokens
-                reply = replies[index] = Reply(
-                    rows[index].id,
-                    "".join(texts[index]),
-                    routes[index],
-                    piece.finished,
-                    piece.prompt_tokens,
-                    piece.completion_tokens,
-                    clock[index],
-                )
-                if finished is not None:
-                    finished(index, reply)
-                task.advance(1, f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s")
+            for stage in (1, 2):
+                for piece in self.engine.generate(feed(stage)):
+                    index = int(piece.request_id)
+                    clock[index].setdefault("first_token", time.monotonic() - begin)
+                    texts[index].append(piece.text)
+                    told[index].extend(piece.tokens)
+                    if piece.finished is None:
+                        continue
+                    tokens += piece.completion_tokens
+                    spent[index] = (spent[index][0] + piece.prompt_tokens, spent[index][1] + piece.completion_tokens)
+                    two_stages = routes[index].escalation is not None
+                    if two_stages and stage == 1:
+                        confidence[index] = confidence_of(told[index])
+                        if unsure(routes[index], confidence[index]):
+                            del clock[index]["first_token"]
+                            again.append(index)
+                            continue
+                    clock[index]["total"] = time.monotonic() - begin
+                    reply = replies[index] = Reply(
+                        rows[index].id,
+                        "".join(texts[index]),
+                        routes[index],
+                        piece.finished,
+                        *spent[index],
+                        clock[index],
+                        stage=stage if two_stages else None,
+                        confidence=confidence.get(index),
+                    )
+                    if finished is not None:
+                        finished(index, reply)
+                    task.advance(1, f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s")
+                if not again:
+                    break
+        return [replies[index] for index in range(len(rows))]
+
+    def _aggregated(
+        self,
+        rows: Sequence[Row],
+        routes: Sequence[Route],
+        samplings: Sequence[Sampling],
+        progress: Progress,
+        finished: Callable[[int, Reply], None] | None,
+    ) -> list[Reply]:
+        assert self.aggregator is not None and self.mixture.aggregator is not None
+        name, begin = self.mixture.aggregator.name, time.monotonic()
+        replies: dict[int, Reply] = {}
+
+        def ended(index: int, dialogue: Dialogue) -> None:
+            verdict = dialogue.verdict
+            assert verdict is not None
+            replies[index] = Reply(
+                dialogue.question.id,
+                verdict.text,
+                dataclasses.replace(routes[index], experts=verdict.experts),
+                verdict.finished,
+                dialogue.prompt_tokens,
+                dialogue.completion_tokens,
+                {"total": time.monotonic() - begin},
+                {"by": name, "reason": verdict.reason, "replies": dialogue.replies, "log": dict(verdict.log)},
+            )
+            if finished is not None:
+                finished(index, replies[index])
+
+        questions = [
+            question_of(row, route, sampling) for row, route, sampling in zip(rows, routes, samplings, strict=True)
+        ]
+        encoding = model_encoding(self.lm.tokenizer, self.engine.context)
+        aggregate(self.engine, encoding, self.aggregator, questions, finished=ended, progress=progress)
         return [replies[index] for index in range(len(rows))]
 
     def experts_of_model(self, model: str) -> WeightedExperts | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
+from xpert.experts.aggregated import open_aggregator
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.serving import gate_cosines, open_engine, open_gate
+from xpert.experts.staged_subjects import aggregated_subject, requests_of, staged_subject
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
@@ -117,8 +119,15 @@ def run_entrants(
                 continue
             keys = _add_experts(engine, entrant.mixture)
             router = MixtureRouter(entrant.mixture, seed=seed, device=device)
-            subject = routed_subject(entrant.name, router, keys)
-            subjects.append(_behind_gate(subject, entrant.mixture, lm, engine, keys))
+            subject = _behind_gate(routed_subject(entrant.name, router, keys), entrant.mixture, lm, engine, keys)
+            aggregator = open_aggregator(entrant.mixture, seed=seed, device=device)
+            if aggregator is not None:
+                subject = aggregated_subject(subject, router, aggregator, lm, engine, keys, progress=progress)
+            elif any(route.escalation for route in router.route(requests_of(items))):
+                anew = Subject(entrant.name, _assign_second(router, keys))
+                anew = _behind_gate(anew, entrant.mixture, lm, engine, keys)
+                subject = staged_subject(subject, anew, router, lm, engine)
+            subjects.append(subject)
             if controls and len(entrant.mixture.experts) > 1:
                 found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
                 subjects += found
@@ -279,7 +288,17 @@ def _by_router(name: str, mixture: Mixture, router: str, keys: Mapping[str, str]
 
 def _assign(router: Any, keys: Mapping[str, str]) -> Callable[[Sequence[SuiteItem]], list[WeightedExperts]]:
     def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
-        routes = router.route([RouteRequest(item.row.id, item.row.messages, item.skill) for item in items])
+        routes = router.route(requests_of(items))
         return [tuple((keys[key], weight) for key, weight in route.experts) for route in routes]
+
+    return assign
+
+
+def _assign_second(router: Any, keys: Mapping[str, str]) -> Callable[[Sequence[SuiteItem]], list[WeightedExperts]]:
+    """Who answers in the second stage; the base, where an item's route has none."""
+
+    def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        seconds = [route.escalation.experts if route.escalation else () for route in router.route(requests_of(items))]
+        return [tuple((keys[key], weight) for key, weight in experts) for experts in seconds]
 
     return assign
