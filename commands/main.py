@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Make a mixture smaller by usage, or by likeness on a task."),
     "distil": ("distil", "Teach one adapter what a mixture, or weighted experts, would answer."),
     "route": ("route", "Explain where a mixture sends each prompt."),
+    "aggregator": ("aggregator", "Choose who of a mixture reads the replies of the others."),
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),
     "serve": ("serve", "Serve a mixture over HTTP, OpenAI-compatible."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from xpert import plugins
@@ -11,7 +12,15 @@ from xpert.experts.mixture import AggregatorChoice, Mixture, aggregator_options,
 from xpert.protocols import Aggregator, Question, Route, Sampling
 from xpert.records import Row
 
-__all__ = ["check_aggregator", "choices_of", "chosen_aggregator", "most_experts", "open_aggregator", "question_of"]
+__all__ = [
+    "check_aggregator",
+    "choices_of",
+    "chosen_aggregator",
+    "most_experts",
+    "open_aggregator",
+    "question_of",
+    "with_aggregator",
+]
 
 NONE = "none"
 """The name by which a mixture's aggregator is switched off."""
@@ -31,6 +40,13 @@ def chosen_aggregator(name: str | None, params: Mapping[str, Any]) -> Aggregator
         return None
     typed = aggregator_options(name, params).to_dict()
     return AggregatorChoice(name, {key: typed[key] for key in (given.replace("-", "_") for given in params)})
+
+
+def with_aggregator(mixture: Mixture, choice: AggregatorChoice | None) -> Mixture:
+    """The mixture with another aggregator, or none; raises BadInput where its gate or router does not go with it."""
+    changed = replace(mixture, aggregator=choice)
+    check_aggregator(changed)
+    return changed
 
 
 def open_aggregator(mixture: Mixture, *, seed: int = 0, device: str = "auto") -> Aggregator | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,17 @@ from xpert.protocols import (
 )
 from xpert.records import Message
 
-__all__ = ["Dialogue", "Encoding", "Step", "aggregate", "ask_seed", "by_expert", "engine_requests", "model_encoding"]
+__all__ = [
+    "Dialogue",
+    "Encoding",
+    "Step",
+    "aggregate",
+    "answers_of",
+    "ask_seed",
+    "by_expert",
+    "engine_requests",
+    "model_encoding",
+]
 
 LEAST_ROOM = 32
 """Tokens of context that a prompt of an aggregator's own must leave, if the reply may be as long."""
@@ -249,7 +259,7 @@ def aggregate(
 
 def _run_step(engine: Engine, waiting: Sequence[Dialogue]) -> None:
     generations = by_expert([request for dialogue in waiting for request in dialogue.step.generations])
-    answers = _answers(engine.generate(generations)) if generations else {}
+    answers = answers_of(engine.generate(generations)) if generations else {}
     pairs = [
         pair for dialogue in waiting for pair in zip(dialogue.step.weighings, dialogue.step.continuations, strict=True)
     ]
@@ -270,7 +280,8 @@ def by_expert(requests: Sequence[EngineRequest]) -> list[EngineRequest]:
     return sorted(requests, key=lambda request: (-queue[request.experts], request.experts))
 
 
-def _answers(pieces: Iterator[Piece]) -> dict[str, Answer]:
+def answers_of(pieces: Iterable[Piece]) -> dict[str, Answer]:
+    """Request id -> its whole reply."""
     texts: dict[str, list[str]] = {}
     tokens: dict[str, list[TokenLogprob]] = {}
     answers: dict[str, Answer] = {}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput
-from xpert.experts.aggregated import check_aggregator
+from xpert.experts.aggregated import check_aggregator, open_aggregator
+from xpert.experts.aggregators.expert import AUTO
 from xpert.experts.mixture import (
     AggregatorChoice,
     GateChoice,
@@ -73,11 +74,11 @@ def mix(
         gate=gate,
         aggregator=aggregator,
     )
-    check_aggregator(mixture)
+    _check_aggregator(mixture, device)
     if shots is None:
         return mixture
     recruited = _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
-    check_aggregator(recruited)
+    _check_aggregator(recruited, device)
     return recruited
 
 
@@ -95,6 +96,14 @@ def _with_exemplars(
     for member in without:
         progress.say(f"out: {member.ref} has no exemplars, which router {router} needs")
     return kept
+
+
+def _check_aggregator(mixture: Mixture, device: str) -> None:
+    """Raises BadInput where the aggregator does not go with the router or the experts, unless it has yet to be chosen
+    who aggregates."""
+    check_aggregator(mixture)
+    if mixture.aggregator is not None and mixture.aggregator.params.get("expert") != AUTO:
+        open_aggregator(mixture, device=device)
 
 
 def _check_vectors(gate: GateChoice, members: Sequence[MixtureExpert]) -> None:

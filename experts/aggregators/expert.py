@@ -12,7 +12,7 @@ from xpert.experts.aggregators._prompting import cut_words, merging_messages, wi
 from xpert.experts.aggregators._voting import BASE, alone, asks_of, chance_order, members_of
 from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weigh, Weighed
 
-__all__ = ["AUTO", "PLUGIN", "ExpertAggregator", "ExpertOptions"]
+__all__ = ["AUTO", "PLUGIN", "ExpertAggregator", "ExpertOptions", "write_final"]
 
 AUTO = "auto"
 _LEAST_WORDS = 8
@@ -65,20 +65,7 @@ class ExpertAggregator:
         replies = [reply for reply in (yield asks) if isinstance(reply, Answer)]
         order = chance_order(self.seed, question, keys)
         texts = [without_thinking(replies[place].text) for place in order]
-        words = None
-        while True:
-            messages = merging_messages(question.messages, texts)
-            try:
-                written = yield [Ask(messages, alone(self.options.expert), question.sampling)]
-                break
-            except BadInput:
-                longest = max(len(text.split()) for text in texts)
-                if longest <= _LEAST_WORDS:
-                    raise
-                words = max(_LEAST_WORDS, longest // 2)
-                texts = [cut_words(text, words) for text in texts]
-        final = written[0]
-        assert isinstance(final, Answer)
+        final, words = yield from write_final(question, texts, self.options.expert)
         log = {
             "aggregator": self.options.expert,
             "replies": [{"expert": keys[place], "text": replies[place].text} for place in order],
@@ -88,6 +75,29 @@ class ExpertAggregator:
         if words is not None:
             reason += f", cut to {words} words each to fit the context"
         return Verdict(final.text, members_of(question), reason, final.finished, log)
+
+
+def write_final(
+    question: Question, texts: Sequence[str], expert: str
+) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], tuple[Answer, int | None]]:
+    """The step in which `expert` writes the one answer from replies: the answer, and to how many words they were cut.
+
+    Raises BadInput where even replies of a few words do not fit the context.
+    """
+    words = None
+    while True:
+        try:
+            found = yield [Ask(merging_messages(question.messages, texts), alone(expert), question.sampling)]
+        except BadInput:
+            longest = max(len(text.split()) for text in texts)
+            if longest <= _LEAST_WORDS:
+                raise
+            words = max(_LEAST_WORDS, longest // 2)
+            texts = [cut_words(text, words) for text in texts]
+            continue
+        final = found[0]
+        assert isinstance(final, Answer)
+        return final, words
 
 
 PLUGIN = ExpertAggregator
