@@ -59,7 +59,7 @@ def test_replies_that_do_not_fit_are_cut_alike() -> None:
     final = engine.requests[-1]
     assert len(final.prompt_ids) + 32 <= 800 and final.sampling.max_tokens == min(400, 800 - len(final.prompt_ids))
     with pytest.raises(BadInput, match="32 of them for the reply"):
-        ask(made("expert"), question(max_tokens=400), engine, context=400)
+        ask(made("expert"), question(max_tokens=400), engine, context=300)
 
 
 # ── choice-shuffle ───────────────────────────────────────────────────────────────────────────────────────────────
