@@ -54,7 +54,7 @@ class ExpertAggregator:
         if self.options.expert == AUTO:
             raise BadInput(
                 "who aggregates has not been chosen for this mixture",
-                hint="xpert aggregator choose MIXTURE --on SUITE -o FILE, or give expert=base",
+                hint="choose with `xpert aggregator choose MIXTURE --on SUITE -o FILE`, or give expert=base",
             )
         keys = [expert.key for expert in experts]
         if self.options.expert not in (BASE, *keys):
