@@ -47,7 +47,8 @@ __all__ = [
 
 LEAST_ROOM = 32
 """Tokens of context that a prompt of an aggregator's own must leave, if the reply may be as long."""
-_AT_ONCE = 512
+_AT_ONCE = 128
+"""Questions in lockstep: enough to fill batches, and what an interrupted run may lose."""
 _WEIGHED_AT_ONCE = 256
 
 

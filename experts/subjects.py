@@ -81,7 +81,7 @@ def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
             error.hint = "give a mixture file, OWNER/NAME, an expert folder, or a model"
         raise
     # A single expert is called by its own key, not by the name of the mixture of one around it.
-    name = mixture.keys[0] if len(mixture.keys) == 1 and mixture.router == "fixed" else mixture.name
+    name = mixture.keys[0] if _is_one_expert(mixture) else mixture.name
     return Entrant(name, mixture.base.ref, mixture)
 
 
@@ -153,8 +153,12 @@ _Named = dict[str, tuple[str, WeightedExperts | None]]
 def _sole(entrant: Entrant) -> WeightedExperts | None:
     if entrant.mixture is None:
         return ()
-    experts = entrant.mixture.experts
-    return ((_engine_key(experts[0]), 1.0),) if len(experts) == 1 and entrant.mixture.router == "fixed" else None
+    return ((_engine_key(entrant.mixture.experts[0]), 1.0),) if _is_one_expert(entrant.mixture) else None
+
+
+def _is_one_expert(mixture: Mixture) -> bool:
+    """Whether a mixture answers as its only expert does."""
+    return len(mixture.keys) == 1 and mixture.router == "fixed" and mixture.aggregator is None
 
 
 def _controls(

@@ -14,7 +14,9 @@ __all__ = ["BY", "Reader", "lettered_choices", "reader"]
 BY = ("auto", "whole", "choice", "number", "last-line")
 
 # "A. Paris", "(B) Rome", "C: Oslo" at the beginning of a line
-_OPTION = re.compile(r"^[ \t]*(\()?([A-Z])(?(1)\)|[.):])[ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+_OPTION = re.compile(r"^[ \t]*(\()?([A-Z])(?(1)\)|[.):])[ \t]+(\S.*)$", re.MULTILINE)
+_TAIL = 60
+"""Characters at the end of a line in which a last number is looked for."""
 _ENDS_IN_NUMBER = re.compile(r"\d[\d,.]*\s*(?:%|°\s*\w?|[\w$€£/]{0,12})?[\s.!)}\]*$]*$")
 
 
@@ -40,7 +42,7 @@ def reader(by: str, question: Question, texts: Sequence[str]) -> Reader:
         lines = [_last_line(text) for text in texts if text.strip()]
         if choices:
             by = "choice"
-        elif lines and all(_ENDS_IN_NUMBER.search(line) for line in lines):
+        elif lines and all(_ENDS_IN_NUMBER.search(line[-_TAIL:]) for line in lines):
             by = "number"
         else:
             by = "whole" if all(text.strip() == _last_line(text) for text in texts) else "last-line"
@@ -55,7 +57,7 @@ def reader(by: str, question: Question, texts: Sequence[str]) -> Reader:
 
 def lettered_choices(prompt: str) -> tuple[str, ...]:
     """The texts of the options A, B, ... that stand in a prompt, a line each; () where there are not two of them."""
-    return tuple(match[3] for match in option_lines(prompt))
+    return tuple(match[3].rstrip() for match in option_lines(prompt))
 
 
 def option_lines(prompt: str) -> list[re.Match[str]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xpert.config import Config, option
-from xpert.experts.aggregators._answers import option_lines, reader
+from xpert.experts.aggregators._answers import lettered_choices, option_lines, reader
 from xpert.experts.aggregators._prompting import stated, with_last
 from xpert.experts.aggregators._voting import Ballot, members_of, only_reply, vote
 from xpert.experts.metrics import normalise
@@ -22,6 +22,8 @@ __all__ = ["PLUGIN", "ChoiceShuffleAggregator", "ChoiceShuffleOptions"]
 
 _FEW = 5
 """Options up to which all orders are listed to draw from."""
+_MOST = 26
+"""Options, since each needs a letter."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class ChoiceShuffleAggregator:
     """The route's experts, weighted as one, answer with the options in several orders; the options they mean vote.
 
     Options are the lettered lines of the prompt, or the question's choices, which are then written under it. Letters
-    are mapped back to the original order. A reply that names no option counts for nothing. A question without options,
-    and one to which no reply names any, gets a single answer in the usual way, and the reason says so.
+    are mapped back to the original order. A reply that names no option counts for nothing. A question without options
+    (or with more than there are letters), and one to which no reply names any, gets a single answer in the usual way,
+    and the reason says so.
 
     Cost: `orders` replies. Source: the choice shuffling ensemble of Medprompt, https://arxiv.org/abs/2311.16452.
     """
@@ -55,7 +58,7 @@ class ChoiceShuffleAggregator:
         members = members_of(question)
         usual = Ask(question.messages, members, question.sampling)
         texts, lettered = _options_of(question)
-        if len(texts) < 2:
+        if not 2 <= len(texts) <= _MOST:
             single = (yield [usual])[0]
             assert isinstance(single, Answer)
             return only_reply(question, single, "the question has no options to shuffle: a single answer")
@@ -79,7 +82,7 @@ class ChoiceShuffleAggregator:
 
 def _options_of(question: Question) -> tuple[tuple[str, ...], bool]:
     """The options' texts in their original order, and whether they stand in the prompt with letters."""
-    lines = tuple(match[3] for match in option_lines(stated(question)))
+    lines = lettered_choices(stated(question))
     if lines and len(question.choices) in (0, len(lines)):
         return lines, True
     return question.choices, False

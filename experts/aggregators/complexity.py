@@ -14,7 +14,7 @@ from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weig
 
 __all__ = ["PLUGIN", "ComplexityAggregator", "ComplexityOptions", "reasoning_steps"]
 
-_SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*(?:[.!?]+(?=\s|$)|\n|$)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def reasoning_steps(text: str, unit: str) -> int:
     if unit == "words":
         return len(text.split())
     if unit == "sentences":
-        return sum(1 for _ in _SENTENCE.finditer(text))
+        return sum(any(c.isalnum() for c in part) for part in _SENTENCE_END.split(text))
     return sum(1 for line in text.splitlines() if line.strip())
 
 
