@@ -247,3 +247,35 @@ def test_mixing_with_an_aggregator(xpert: Run, mixture: Mixture, tmp_path: Path)
         *("--aggregator-param", "expert=auto", "-o", later),
     )
     assert told.exit_code == 0, "who aggregates may be chosen after the mixture is made"
+
+
+def test_the_evaluation_command_puts_votes_beside_experts(
+    xpert: Run, mixture: Mixture, columns: Callable[..., Any], write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = columns(4, skills=("casing", "reversal"))
+    items = [{"id": r["id"], "prompt": r["input"], "skill": r["skill"], "answers": [r["output"]]} for r in rows]
+    items[0] |= {"metric": "choice", "choices": [rows[0]["output"], "other"]}
+    suite, path = write_jsonl("s.jsonl", items), tmp_path / "voting.json"
+    write_mixture(path, with_aggregator(mixture, AggregatorChoice("majority")))
+    told = xpert(
+        *("eval", path, "--suite", suite, "--controls", "--max-tokens", 4),
+        *("-o", tmp_path / "r.html", "--json", "--quiet"),
+    )
+    assert told.exit_code == 0, told.stderr
+    scores = json.loads(told.stdout)["scores"]
+    assert {"three", "base", "casing", "arithmetic", "reversal", "oracle routing"} < scores.keys()
+    assert scores["three"]["skills"]["casing"]["choice"] is None
+    assert scores["casing"]["skills"]["casing"]["choice"] is not None
+    assert (tmp_path / "r.html").stat().st_size > 1000
+
+
+def test_one_expert_that_samples_is_not_called_by_the_experts_name(mixture: Mixture, tmp_path: Path) -> None:
+    import dataclasses
+
+    from xpert.experts.subjects import open_entrants
+
+    alone = dataclasses.replace(mixture, experts=mixture.experts[:1], name="sampled")
+    write_mixture(tmp_path / "alone.json", alone)
+    write_mixture(tmp_path / "sampled.json", with_aggregator(alone, AggregatorChoice("complexity")))
+    names = [one.name for one in open_entrants([str(tmp_path / "alone.json"), str(tmp_path / "sampled.json")])]
+    assert names == ["casing", "sampled"]
