@@ -31,6 +31,11 @@ def prompts(columns: Callable[..., Any], write_jsonl: Callable[..., Path]) -> Pa
     return write_jsonl("p.jsonl", [{key: row[key] for key in ("id", "instruction", "input")} for row in rows])
 
 
+@pytest.fixture
+def answered(columns: Callable[..., Any], write_jsonl: Callable[..., Path]) -> Path:
+    return write_jsonl("rows.jsonl", columns(8, skills=("casing",)))
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -218,13 +223,19 @@ MISTAKES = {
     "run {three} --prompts {p} -o {o} --aggregator expert --aggregator-param expert=auto": "xpert aggregator choose",
     "run {three} --prompts {p} -o {o} --aggregator none --aggregator-param by=whole": "needs an aggregator",
     "run {a} --prompts {p} -o {o} --aggregator weighted": "the mixture has one expert",
+    "distil {voting} --rows {rows} -o {o}": "aggregator majority makes replies of replies",
 }
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes(line: str, xpert: Run, three: Path, mixture: Mixture, prompts: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    line: str, xpert: Run, three: Path, mixture: Mixture, prompts: Path, answered: Path, tmp_path: Path
+) -> None:
     folders = [expert.folder for expert in mixture.experts]
+    voting = tmp_path / "voting.json"
+    write_mixture(voting, with_aggregator(mixture, AggregatorChoice("majority")))
     places = {"a": folders[0], "b": folders[1], "three": three, "p": prompts, "o": tmp_path / "out"}
+    places |= {"voting": voting, "rows": answered}
     told = xpert(*line.format(**places).split(), "--quiet")
     assert told.exit_code == 2, told.stderr
     assert MISTAKES[line] in told.stderr and told.stderr.count("\n") == 1
@@ -279,3 +290,15 @@ def test_one_expert_that_samples_is_not_called_by_the_experts_name(mixture: Mixt
     write_mixture(tmp_path / "sampled.json", with_aggregator(alone, AggregatorChoice("complexity")))
     names = [one.name for one in open_entrants([str(tmp_path / "alone.json"), str(tmp_path / "sampled.json")])]
     assert names == ["casing", "sampled"]
+
+
+def test_training_a_gate_leaves_the_aggregator_out(mixture: Mixture, answered: Path, tmp_path: Path) -> None:
+    from xpert.experts.mixture_training import train_mixture
+    from xpert.experts.train_options import TrainOptions
+
+    voting = tmp_path / "voting.json"
+    write_mixture(voting, with_aggregator(mixture, AggregatorChoice("majority")))
+    options = TrainOptions(max_steps=1, batch_size=2)
+    out = train_mixture(answered, voting, "softmax-top-k", tmp_path / "out", options, device="cpu")
+    found = load_mixture(out)
+    assert found.aggregator is None and found.gate is not None
