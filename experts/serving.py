@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.experts.aggregated import open_aggregator, question_of
-from xpert.experts.aggregating import Dialogue, aggregate, model_encoding
-from xpert.experts.cascading import confidence_of, escalated, first_stage, unsure
+from xpert.experts.aggregated import open_aggregator
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
-from xpert.experts.routing import MixtureRouter, explain, route_request
+from xpert.experts.reply import Reply
+from xpert.experts.routing import MixtureRouter, route_request
+from xpert.experts.row_answers import answer_aggregated, answer_in_stages
 from xpert.progress import SILENT, Progress
 from xpert.protocols import (
     Aggregator,
+    Constraint,
     EngineRequest,
     Gate,
     Route,
     RouteRequest,
     Sampling,
-    TokenLogprob,
     WeightedExperts,
 )
 from xpert.records import Message, Row
@@ -52,42 +51,6 @@ class EngineChoice:
         return plugins.load("engine", self.name).Options.from_mapping(self.params, where=f"engine {self.name}")
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer, who gave it and why; timings in seconds since the batch began.
-
-    queued: until the engine took the request; first_token: until its first text; total: until its end. Tokens are of
-    all that was computed for it. aggregated: how one reply came of several, with an aggregator. stage and confidence:
-    of a route with two stages, which one answered (1 or 2), and how sure the first answer was.
-    """
-
-    id: str
-    output: str
-    route: Route
-    finished: str
-    prompt_tokens: int
-    completion_tokens: int
-    timings: Mapping[str, float] = field(default_factory=dict)
-    aggregated: Mapping[str, Any] | None = None
-    stage: int | None = None
-    confidence: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "output": self.output,
-            "experts": explain(self.id, self.route)["experts"],
-            "reason": self.route.reason,
-            "finished": self.finished,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
-            **({"aggregated": dict(self.aggregated)} if self.aggregated is not None else {}),
-            **({"stage": self.stage} if self.stage is not None else {}),
-            **({"confidence": round(self.confidence, 6)} if self.confidence is not None else {}),
-        }
-
-
 class MixtureRunner:
     """A mixture with its base model loaded once and all its experts in one engine.
 
@@ -100,13 +63,20 @@ class MixtureRunner:
         lm: LanguageModel,
         engine: Any,
         router: MixtureRouter,
+        *,
         aggregator: Aggregator | None = None,
+        keys: Mapping[str, str] | None = None,
+        gate: str = GATE,
     ) -> None:
+        """`keys`: key in the mixture -> the engine's, and `gate` the engine's name of the mixture's, where they differ
+        since the engine holds other mixtures too. `aggregator`: the mixture's, where it is prepared already."""
         self.mixture = mixture
         self.lm = lm
         self.engine = engine
         self.router = router
-        self.aggregator = aggregator or open_aggregator(mixture, device=str(lm.device))
+        self._aggregator = aggregator
+        self.keys = dict(keys) if keys is not None else {key: key for key in mixture.keys}
+        self._gate = gate
         self._strength = {expert.key: expert.weight for expert in mixture.experts}
         self._cosines = gate_cosines(mixture, device=str(lm.device))
 
@@ -128,7 +98,7 @@ class MixtureRunner:
         lm, opened = load_engine(
             mixture, device=device, dtype=dtype, max_batch=max_batch, engine=engine, progress=progress
         )
-        return cls(mixture, lm, opened, router, aggregator)
+        return cls(mixture, lm, opened, router, aggregator=aggregator)
 
     def close(self) -> None:
         """Lets go of what the engine holds; nothing can be answered after."""
@@ -151,6 +121,7 @@ class MixtureRunner:
         *,
         gated: bool = True,
         tokenizer: Any = None,
+        constraint: Constraint | None = None,
         where: str | None = None,
     ) -> EngineRequest:
         """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
@@ -163,6 +134,22 @@ class MixtureRunner:
         from xpert.language_model import encode_prompt
 
         ids = encode_prompt(tokenizer or self.lm.tokenizer, messages)
+        prompt = RouteRequest(id, tuple(messages)).prompt
+        return self.request_of_ids(id, ids, prompt, experts, sampling, gated=gated, constraint=constraint, where=where)
+
+    def request_of_ids(
+        self,
+        id: str,
+        ids: tuple[int, ...],
+        prompt: str,
+        experts: WeightedExperts,
+        sampling: Sampling,
+        *,
+        gated: bool = True,
+        constraint: Constraint | None = None,
+        where: str | None = None,
+    ) -> EngineRequest:
+        """As `engine_request`, of a prompt that is token ids already; `prompt` is its text, for the gate's bias."""
         room = self.engine.context - len(ids)
         if room < 1:
             raise BadInput(
@@ -172,13 +159,24 @@ class MixtureRunner:
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         if not gated or self.mixture.gate is None or not experts:
-            return EngineRequest(id, ids, experts, sampling)
+            return EngineRequest(id, ids, self._named(experts), sampling, constraint=constraint)
         strengths = tuple((key, self._strength[key]) for key, _ in experts)
         bias: WeightedExperts = ()
         if self._cosines is not None:
-            prompt = RouteRequest(id, tuple(messages)).prompt
             bias = tuple(pair for pair in self._cosines.gate_bias([prompt])[0] if pair[0] in dict(strengths))
-        return EngineRequest(id, ids, strengths, sampling, gate=GATE, gate_bias=bias)
+        return EngineRequest(
+            id,
+            ids,
+            self._named(strengths),
+            sampling,
+            gate=self._gate,
+            gate_bias=self._named(bias),
+            constraint=constraint,
+        )
+
+    def _named(self, experts: WeightedExperts) -> WeightedExperts:
+        """The experts by the engine's keys."""
+        return tuple((self.keys[key], weight) for key, weight in experts)
 
     def answer(
         self,
@@ -198,108 +196,13 @@ class MixtureRunner:
         numbers = range(len(rows)) if numbers is None else numbers
         routes = self.route([route_request(row) for row in rows])
         samplings = [_own_seed(sampling, number) for number in numbers]
-        if self.aggregator is not None:
-            return self._aggregated(rows, routes, samplings, progress, finished)
-        requests = [
-            self.engine_request(
-                str(index), row.messages, route.experts, first_stage(route, own), where=f"prompt {row.id}"
+        if self.mixture.aggregator is not None:
+            self._aggregator = self._aggregator or open_aggregator(self.mixture, device=str(self.lm.device))
+            assert self._aggregator is not None
+            return answer_aggregated(
+                self, self._aggregator, rows, routes, samplings, progress=progress, finished=finished
             )
-            for index, (row, route, own) in enumerate(zip(rows, routes, samplings, strict=True))
-        ]
-        begin = time.monotonic()
-        clock: dict[int, dict[str, float]] = {index: {} for index in range(len(rows))}
-        texts: list[list[str]] = [[] for _ in rows]
-        told: list[list[TokenLogprob]] = [[] for _ in rows]
-        spent: list[tuple[int, int]] = [(0, 0)] * len(rows)
-        confidence: dict[int, float] = {}
-        replies: dict[int, Reply] = {}
-        again: list[int] = []
-
-        def feed(stage: int) -> Iterator[EngineRequest]:
-            for index in range(len(rows)) if stage == 1 else again:
-                if stage == 2:
-                    routes[index], texts[index] = escalated(routes[index], confidence[index]), []
-                    requests[index] = self.engine_request(
-                        str(index),
-                        rows[index].messages,
-                        routes[index].experts,
-                        samplings[index],
-                        where=f"prompt {rows[index].id}",
-                    )
-                clock[index].setdefault("queued", time.monotonic() - begin)
-                yield requests[index]
-
-        with progress.task("answering", total=len(rows)) as task:
-            tokens = 0
-            for stage in (1, 2):
-                for piece in self.engine.generate(feed(stage)):
-                    index = int(piece.request_id)
-                    clock[index].setdefault("first_token", time.monotonic() - begin)
-                    texts[index].append(piece.text)
-                    told[index].extend(piece.tokens)
-                    if piece.finished is None:
-                        continue
-                    tokens += piece.completion_tokens
-                    spent[index] = (spent[index][0] + piece.prompt_tokens, spent[index][1] + piece.completion_tokens)
-                    two_stages = routes[index].escalation is not None
-                    if two_stages and stage == 1:
-                        confidence[index] = confidence_of(told[index])
-                        if unsure(routes[index], confidence[index]):
-                            del clock[index]["first_token"]
-                            again.append(index)
-                            continue
-                    clock[index]["total"] = time.monotonic() - begin
-                    reply = replies[index] = Reply(
-                        rows[index].id,
-                        "".join(texts[index]),
-                        routes[index],
-                        piece.finished,
-                        *spent[index],
-                        clock[index],
-                        stage=stage if two_stages else None,
-                        confidence=confidence.get(index),
-                    )
-                    if finished is not None:
-                        finished(index, reply)
-                    task.advance(1, f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s")
-                if not again:
-                    break
-        return [replies[index] for index in range(len(rows))]
-
-    def _aggregated(
-        self,
-        rows: Sequence[Row],
-        routes: Sequence[Route],
-        samplings: Sequence[Sampling],
-        progress: Progress,
-        finished: Callable[[int, Reply], None] | None,
-    ) -> list[Reply]:
-        assert self.aggregator is not None and self.mixture.aggregator is not None
-        name, begin = self.mixture.aggregator.name, time.monotonic()
-        replies: dict[int, Reply] = {}
-
-        def ended(index: int, dialogue: Dialogue) -> None:
-            verdict = dialogue.verdict
-            assert verdict is not None
-            replies[index] = Reply(
-                dialogue.question.id,
-                verdict.text,
-                dataclasses.replace(routes[index], experts=verdict.experts),
-                verdict.finished,
-                dialogue.prompt_tokens,
-                dialogue.completion_tokens,
-                {"total": time.monotonic() - begin},
-                {"by": name, "reason": verdict.reason, "replies": dialogue.replies, "log": dict(verdict.log)},
-            )
-            if finished is not None:
-                finished(index, replies[index])
-
-        questions = [
-            question_of(row, route, sampling) for row, route, sampling in zip(rows, routes, samplings, strict=True)
-        ]
-        encoding = model_encoding(self.lm.tokenizer, self.engine.context)
-        aggregate(self.engine, encoding, self.aggregator, questions, finished=ended, progress=progress)
-        return [replies[index] for index in range(len(rows))]
+        return answer_in_stages(self, rows, routes, samplings, progress=progress, finished=finished)
 
     def experts_of_model(self, model: str) -> WeightedExperts | None:
         """What `model` of a request means: None for the routed mixture, else the expert it names, or the base's ().
