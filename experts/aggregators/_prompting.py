@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from xpert.protocols import Question, Weighed
 from xpert.records import Message
 
-__all__ = ["cut_words", "mean_logprob", "merging_messages", "says_yes", "stated", "with_last", "without_thinking"]
+__all__ = [
+    "cut_text",
+    "cut_words",
+    "mean_logprob",
+    "merging_messages",
+    "says_yes",
+    "stated",
+    "with_last",
+    "without_thinking",
+]
 
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
@@ -46,13 +55,28 @@ def without_thinking(text: str) -> str:
 def cut_words(text: str, words: int) -> str:
     """The first `words` words at most, back to the last sentence that ends among them, if one does."""
     found = list(re.finditer(r"\S+", text))
-    if len(found) <= words:
-        return text.strip()
-    kept = text[: found[words - 1].end()].strip()
-    end = max(kept.rfind(mark) for mark in (". ", "! ", "? ", ".\n"))
-    if kept[-1:] in ".!?":
-        return kept
-    return kept[: end + 1] if end > 0 else kept
+    return _back_to_sentence(text[: found[words - 1].end()].strip()) if len(found) > words else text.strip()
+
+
+def cut_text(text: str, characters: int) -> str:
+    """The first `characters` characters at most, back to the last sentence that ends among them, or the last word."""
+    if len(text) <= characters:
+        return text
+    kept = text[:characters]
+    whole = _back_to_sentence(kept)
+    if whole == kept and not text[characters].isspace():
+        head = re.match(r".*(?=\s)", kept, re.DOTALL)
+        kept = head[0] if head and head[0].strip() else kept
+        return kept.strip()
+    return whole.strip()
+
+
+def _back_to_sentence(text: str) -> str:
+    """Up to the end of the last sentence that ends in a text; all of it where none does."""
+    if text[-1:] in ".!?":
+        return text
+    end = max(text.rfind(mark) for mark in (". ", "! ", "? ", ".\n"))
+    return text[: end + 1] if end > 0 else text
 
 
 def mean_logprob(logprobs: Sequence[float]) -> float:

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
-from xpert.experts.aggregators._prompting import cut_words, merging_messages, without_thinking
+from xpert.experts.aggregators._prompting import cut_text, merging_messages, without_thinking
 from xpert.experts.aggregators._voting import BASE, alone, asks_of, chance_order, members_of
 from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weigh, Weighed
 
 __all__ = ["AUTO", "PLUGIN", "ExpertAggregator", "ExpertOptions", "write_final"]
 
 AUTO = "auto"
-_LEAST_WORDS = 8
+_LEAST_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
@@ -65,39 +65,40 @@ class ExpertAggregator:
         replies = [reply for reply in (yield asks) if isinstance(reply, Answer)]
         order = chance_order(self.seed, question, keys)
         texts = [without_thinking(replies[place].text) for place in order]
-        final, words = yield from write_final(question, texts, self.options.expert)
+        final, cut = yield from write_final(question, texts, self.options.expert)
         log = {
             "aggregator": self.options.expert,
             "replies": [{"expert": keys[place], "text": replies[place].text} for place in order],
-            "cut_to_words": words,
+            "cut_to_characters": cut,
         }
         reason = f"{self.options.expert} wrote it from {len(replies)} {'reply' if len(replies) == 1 else 'replies'}"
-        if words is not None:
-            reason += f", cut to {words} words each to fit the context"
+        if cut is not None:
+            reason += f", cut to {cut} characters each to fit the context"
         return Verdict(final.text, members_of(question), reason, final.finished, log)
 
 
 def write_final(
     question: Question, texts: Sequence[str], expert: str
 ) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], tuple[Answer, int | None]]:
-    """The step in which `expert` writes the one answer from replies: the answer, and to how many words they were cut.
+    """The step in which `expert` writes the one answer from replies: the answer, and to how many characters these were
+    cut.
 
     Raises BadInput where even replies of a few words do not fit the context.
     """
-    words = None
+    cut = None
     while True:
         try:
             found = yield [Ask(merging_messages(question.messages, texts), alone(expert), question.sampling)]
         except BadInput:
-            longest = max(len(text.split()) for text in texts)
-            if longest <= _LEAST_WORDS:
+            longest = max(len(text) for text in texts)
+            if longest <= _LEAST_CHARACTERS:
                 raise
-            words = max(_LEAST_WORDS, longest // 2)
-            texts = [cut_words(text, words) for text in texts]
+            cut = max(_LEAST_CHARACTERS, longest // 2)
+            texts = [cut_text(text, cut) for text in texts]
             continue
         final = found[0]
         assert isinstance(final, Answer)
-        return final, words
+        return final, cut
 
 
 PLUGIN = ExpertAggregator

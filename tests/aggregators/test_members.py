@@ -6,7 +6,7 @@ import pytest
 
 from tests.aggregators.scripted import ScriptedEngine, ask, made, named, question, routable, text_of
 from xpert.errors import BadInput
-from xpert.experts.aggregators._prompting import cut_words, without_thinking
+from xpert.experts.aggregators._prompting import cut_text, cut_words, without_thinking
 from xpert.protocols import Sampling
 
 OPTIONS = "Capital of Italy?\nA. Paris\nB. Rome\nC. Oslo\nAnswer with a letter."
@@ -53,8 +53,8 @@ def test_replies_that_do_not_fit_are_cut_alike() -> None:
     engine = ScriptedEngine(lambda e, prompt, s: "short" if "Reply 1:" in prompt else f"{e} " + "word " * 60)
     verdict = ask(made("expert"), question(max_tokens=400), engine, context=800)
     assert verdict.text == "short"
-    words = verdict.log["cut_to_words"]
-    assert words == 30 and f"cut to {words} words each" in verdict.reason
+    cut = verdict.log["cut_to_characters"]
+    assert cut == 150 and f"cut to {cut} characters each" in verdict.reason
     assert len(engine.requests) == 4, "what does not fit is not asked"
     final = engine.requests[-1]
     assert len(final.prompt_ids) + 32 <= 800 and final.sampling.max_tokens == min(400, 800 - len(final.prompt_ids))
@@ -270,6 +270,23 @@ def test_top_down_stops_at_its_limit_and_at_once() -> None:
 )
 def test_cutting_words(text: str, words: int, cut: str) -> None:
     assert cut_words(text, words) == cut
+
+
+@pytest.mark.parametrize(
+    ("text", "characters", "cut"),
+    [
+        ("One two. Three.", 15, "One two. Three."),
+        ("One two. Three.", 14, "One two."),
+        ("One two. Three.", 8, "One two."),
+        ("One two three", 9, "One two"),
+        ("One two three", 7, "One two"),
+        ("Onetwothree", 4, "Onet"),
+        ("一二三四五六", 3, "一二三"),
+        (" spaced", 3, "sp"),
+    ],
+)
+def test_cutting_texts(text: str, characters: int, cut: str) -> None:
+    assert cut_text(text, characters) == cut
 
 
 @pytest.mark.parametrize(
