@@ -52,6 +52,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
         "aggregators": ["--suite", str(data.suite), "--limit", "1", "--max-tokens", "8"],
         "engine": ["--repeats", "2"],
+        "constraints": ["--repeats", "1"],
         "merging": ["--width", "64", "--layers", "1"],
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
