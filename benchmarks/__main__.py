@@ -55,6 +55,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
             *("--base", base_model(), "--work", str(folder / "held-out"), "--rows", "64", "--own", "8"),
         ],
         "routing_speed": ["--experts", "100,1000", "--requests", "50"],
+        "aggregators": ["--suite", str(data.suite), "--limit", "1", "--max-tokens", "8"],
         "engine": ["--repeats", "2"],
         "constraints": ["--repeats", "1"],
         "merging": ["--width", "64", "--layers", "1"],

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distil": ("distil", "Teach one adapter what a mixture, or weighted experts, would answer."),
     "router": ("router", "Observe a mixture's experts; train, measure and calibrate its router."),
     "route": ("route", "Explain where a mixture sends each prompt."),
+    "aggregator": ("aggregator", "Choose who of a mixture reads the replies of the others."),
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),
     "serve": ("serve", "Serve a mixture over HTTP, OpenAI-compatible."),

@@ -86,6 +86,7 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
         **({"router_state": mixture.router_state.fingerprint} if mixture.router_state is not None else {}),
         **({"calibration": mixture.calibration.to_dict()} if mixture.calibration is not None else {}),
+        "aggregator": mixture.aggregator and mixture.aggregator.to_dict(),
     }
 
 

@@ -526,7 +526,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What came of a `Weigh`: per continuation the log-probabilities of its tokens."""
+    """What came of a `Weigh`: per continuation the log-probabilities of its tokens, without an end of turn.
+
+    An empty continuation has none. One that does not fit behind its prompt is cut to what the context holds.
+    """
 
     logprobs: tuple[tuple[float, ...], ...]
 
@@ -554,9 +557,14 @@ class Verdict:
 
 
 class Aggregator(Protocol):
-    """Several replies -> one. Asks in steps, so that a step of many questions can share its batches."""
+    """Several replies -> one. Asks in steps, so that a step of many questions can share its batches.
+
+    several: whether it makes something of several experts' replies alone, so that a router which always names one
+    expert makes no sense before it. Verdicts depend on the order of neither `experts` nor a route's.
+    """
 
     Options: ClassVar[type[Config]]
+    several: ClassVar[bool]
     cost: ClassVar[str]
     source: ClassVar[str]
 
@@ -566,7 +574,11 @@ class Aggregator(Protocol):
         """Learns the mixture's experts; raises BadInput where it cannot work with them."""
 
     def answer(self, question: Question) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Verdict]:
-        """Yields steps; each is sent back what came of it, in its order. Keeps nothing between questions."""
+        """Yields steps; each is sent back what came of it, in its order. Keeps nothing between questions.
+
+        Where a prompt leaves no room for a reply in the model's context, BadInput is thrown into the generator at that
+        step, which may yield another in its stead.
+        """
 
 
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────
