@@ -4,7 +4,7 @@ GET  /v1/models                   the mixture, its experts, the base
 POST /v1/chat/completions         answers, streamed or whole; `x-xpert-experts` says who answered
 POST /v1/route                    the route of a prompt with candidates and reason, without an answer
 GET  /healthz                     whether the engine runs
-GET  /                            a page to try it
+GET  /                            a page to try it, with its files under /page/
 GET  /registry/                   the registry behind it as pages: experts, scores, provenance
 """
 
@@ -20,18 +20,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import xpert
 from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.mixture import BASE
 from xpert.experts.routing import explain
+from xpert.experts.server import page_files
 from xpert.experts.server.engine_loop import EngineLoop
 from xpert.experts.server.registry_pages import RegistryPages
 from xpert.experts.server.schema import ChatRequest, ParameterError, RouteBody, parse
@@ -44,7 +44,6 @@ __all__ = ["create_app"]
 log = logging.getLogger("xpert.server")
 
 MAX_BODY = 8 << 20
-PAGE = Path(__file__).with_name("page.html")
 T = TypeVar("T")
 
 
@@ -70,7 +69,8 @@ def create_app(runner: MixtureRunner) -> FastAPI:
             extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
         app.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=extra)
 
-    add("/", "GET", service.page)
+    for path in page_files.PATHS:
+        app.add_api_route(path, service.page, methods=["GET"], include_in_schema=False)
     add("/registry", "GET", service.to_registry)
     add("/registry/{path:path}", "GET", service.registry_page)
     add("/healthz", "GET", service.health)
@@ -117,8 +117,14 @@ class _Service:
 
     # ── what there is ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def page(self) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+    async def page(self, request: Request) -> Response:
+        found = page_files.get(request.scope["route"].path)  # not the URL's, which may have a proxy's prefix
+        if found is None:
+            raise HTTPException(404, "there is no such page")
+        content, headers = found
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers)
 
     async def to_registry(self) -> Response:
         return RedirectResponse("registry/")
