@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "/": 191}
+KEYS |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+"""The virtual key codes of the keys that `Browser.key` presses."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -87,12 +90,24 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def key(self, name: str) -> None:
-        codes = {"ArrowUp": 38, "ArrowDown": 40, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, "Escape": 27, "Enter": 13}
-        text = {"text": "\r"} if name == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            press = {"key": name, "code": name, "windowsVirtualKeyCode": codes[name]}
-            self.ask("Input.dispatchKeyEvent", type=kind, **press, **(text if kind == "keyDown" else {}))
+    def key(self, name: str, *, control: bool = False) -> None:
+        press = {"key": name, "code": name, "windowsVirtualKeyCode": KEYS[name], "modifiers": 2 if control else 0}
+        text = {"Enter": "\r", "/": "/"}.get(name, "")
+        self.ask("Input.dispatchKeyEvent", type="keyDown", **press, **({"text": text} if text and not control else {}))
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **press)
+
+    def wait(self, expression: str, seconds: float = 10) -> None:
+        """Waits until an expression in the page holds."""
+        self.js(
+            f"""new Promise((done, late) => {{
+              const end = Date.now() + {1000 * seconds};
+              (function look() {{
+                if ({expression}) done();
+                else if (Date.now() > end) late(new Error({json.dumps("late: " + expression)}));
+                else setTimeout(look, 20);
+              }})();
+            }})"""
+        )
 
     def type(self, text: str) -> None:
         self.ask("Input.insertText", text=text)

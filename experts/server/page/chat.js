@@ -34,7 +34,8 @@ function opened(prompt, model) {
   turn.reply = node("div", {kind: "reply"}, turn.text);
   turn.facts = node("p", {kind: "facts", text: "Answering"});
   $("nothing").hidden = true;
-  $("log").append(node("article", {"aria-label": `Turn ${turn.number}`}, node("p", {kind: "you", text: prompt}), turn.reply, turn.facts));
+  for (const refused of $("log").querySelectorAll(".refused")) refused.remove();
+  $("log").append(node("article", {kind: "turn", "aria-label": `Turn ${turn.number}`}, node("p", {kind: "you", text: prompt}), turn.reply, turn.facts));
   $("log").scrollTop = $("log").scrollHeight;
   return turn;
 }
@@ -58,6 +59,7 @@ function closed(turn, how) {
   const button = node("button", {type: "button", text: "Route", "aria-label": `Show the route of answer ${turn.number}`});
   button.addEventListener("click", () => { routes.forget(); showRoute(turn); });
   const experts = turn.header ? expertsOf(turn.header) : null;
+  if (how === "done" && !turn.text.data) facts.unshift("an empty answer");
   const from = experts?.length ? experts.flatMap(({expert}, at) => [...(at ? [", "] : []), name(expert)]) : [experts ? "the base" : ""];
   const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
   turn.facts.replaceChildren(node("span", {}, ...from), ...facts.map(text => node("span", {text})), ...(experts ? [button] : []));
@@ -111,6 +113,7 @@ function failed(turn, error) {
   if (!turn.text.data) {
     turns = turns.filter(one => one !== turn); // what was refused was not said
     turn.reply.remove();
+    turn.facts.parentElement.classList.add("refused");
     if (!$("prompt").value) $("prompt").value = turn.prompt;
   }
   closed(turn, "failed");

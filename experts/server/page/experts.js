@@ -79,9 +79,12 @@ export function mark() {
 
 // ── the cell one points at ──────────────────────────────────────────────────────────────────────────────────────────
 
+let told = null; // the cell that the tip is of
+
 function tell(cell) {
   const tip = $("tip");
   if (!cell?.told) return hush();
+  told = cell;
   const [[who, skill], lines] = cell.told;
   tip.replaceChildren(node("b", {}, name(who)), node("span", {text: skill}), node("dl", {}, ...lines.map(([term, text]) => fact(term, text))));
   const box = cell.getBoundingClientRect(), own = tip.getBoundingClientRect();
@@ -93,7 +96,8 @@ function tell(cell) {
 
 /** Sends the tip away; says whether there was one. */
 export function hush() {
-  const shown = $("tip").classList.contains("on");
+  const shown = told !== null;
+  told = null;
   $("tip").classList.remove("on");
   return shown;
 }
@@ -119,4 +123,6 @@ $("heat").addEventListener("focusin", event => tell(event.target.closest("td")))
 $("heat").addEventListener("focusout", hush);
 $("heat").addEventListener("pointerover", event => tell(event.target.closest("td")));
 $("heat").addEventListener("pointerleave", hush);
-for (const what of ["scroll", "resize"]) addEventListener(what, hush, {passive: true, capture: true});
+// The cell that has the focus may have moved because it got it.
+const moved = () => { if (told) told === document.activeElement ? tell(told) : hush(); };
+for (const what of ["scroll", "resize"]) addEventListener(what, moved, {passive: true, capture: true});

@@ -94,4 +94,6 @@ const first = Promise.allSettled([models().catch(trouble), load.watch(() => mode
 // Shown at once whole, so that nothing moves; but a slow server does not leave the page empty.
 await Promise.race([first, new Promise(done => setTimeout(done, 1500))]);
 document.body.classList.add("ready");
-if (!matchMedia("(pointer: coarse)").matches && $("key-form").hidden && !location.hash) $("prompt").focus({preventScroll: true});
+// What is hidden takes no focus, so it is given now; where there is no keyboard the prompt would only call one up.
+if (!$("key-form").hidden) $("key").focus();
+else if (!matchMedia("(pointer: coarse)").matches && !location.hash) $("prompt").focus({preventScroll: true});

@@ -1,7 +1,6 @@
 // The route panel: who answers, with what weight, who else was thought of, and why.
 
 import {ask, expertsOf} from "./api.js";
-import * as composer from "./composer.js";
 import {$, fact, name, node, plural, score} from "./dom.js";
 
 const FEW = 12, PAUSE = 300; // candidates shown at first; milliseconds without a key before a route is asked for
