@@ -326,21 +326,37 @@ def test_everything_a_route_can_say(page: Browser, front: Front) -> None:
     assert page.js("document.activeElement.textContent") == "The first 12 only"
 
     votes = [
-        {"expert": "me/sums", "weight": 2.0, "text": "seven"},
-        {"expert": "base", "weight": 1.0, "text": EVIL},
+        {"experts": ["me/sums"], "weight": 2.0, "answer": "7", "text": "It is 7."},
+        {"experts": [], "weight": 1.0, "answer": "", "text": EVIL},
     ]
-    told = {
-        "experts": [{"expert": "me/sums", "weight": 1}],
-        "reason": "1 of 2 replies say so",
-        "aggregator": "majority",
-    }
-    last = {"choices": [], "xpert": {**told, "log": {"votes": votes, "share": 2 / 3}}}
-    front.answers["/v1/chat/completions"] = (sse(last), {"x-xpert-experts": "me/sums=1"})
-    send(page, "y")
+    aggregated = {"by": "majority", "reason": "1 of 2 replies agree", "log": {"share": 2 / 3, "votes": votes}}
+    told = {"experts": [{"expert": "me/sums", "weight": 1}], "reason": "likely", "aggregated": aggregated}
+    header = {"x-xpert-experts": "me/sums=0.75,me/casing=0.25"}
+    front.answers["/v1/chat/completions"] = (sse({"choices": [], "xpert": told}), header)
+    talk(page, "y")
     page.wait("document.querySelectorAll('.votes tbody tr').length === 2")
-    assert text(page, ".votes caption") == "2 votes" and EVIL in text(page, ".votes")
-    assert "majority" in text(page, "#route-facts") and "67 % of the votes" in text(page, "#route-facts")
-    assert text(page, "#reason") == "1 of 2 replies say so"
+    rows = page.js("[...document.querySelectorAll('.votes tr')].map(r => [...r.cells].map(c => c.textContent))")
+    assert rows == [["Of", "Weight", "Reply"], ["me/sums", "2.000", "7 It is 7."], ["the base", "1.000", EVIL]]
+    assert text(page, ".votes caption") == "2 votes" and text(page, "#chosen") == "me/sums1.00"
+    assert "by majority: 1 of 2 replies agree" in text(page, "#route-facts")
+    assert text(page, ".turn:last-child .facts span") == "me/sums"
+
+    replies = [{"expert": "me/sums", "text": "seven", "mean_logprob": -0.5}]
+    told = {"stage": 2, "confidence": 0.31, "aggregated": {"by": "best-of", "log": {"replies": replies}}}
+    front.answers["/v1/chat/completions"] = (sse({"choices": [], "xpert": told}), header)
+    talk(page, "z")
+    page.wait("document.querySelector('.votes caption')?.textContent === '1 reply'")
+    assert text(page, ".votes tbody tr") == "me/sums−0.500seven"
+    assert "0.31, so it was answered anew" in text(page, "#route-facts")
+
+
+def test_a_route_that_changed_since_is_told(page: Browser, front: Front) -> None:
+    front.answers["/v1/chat/completions"] = (sse(), {"x-xpert-experts": "me/sums=1"})
+    front.answers["/v1/route"] = ({"experts": [], "candidates": [], "reason": "none fits"}, {})
+    talk(page, "x")
+    page.wait("document.querySelector('#reason').textContent === 'none fits'")
+    assert "the route now goes to the base" in text(page, "#route-facts")
+    assert text(page, "#chosen") == "me/sums1.00"  # who answered is what the answer's header says
 
 
 def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Browser, served: ServedPage, front: Front) -> None:

@@ -58,7 +58,7 @@ function closed(turn, how) {
   if (first) facts.push(`first token after ${((first - begin) / 1000).toFixed(2)} s`);
   const button = node("button", {type: "button", text: "Route", "aria-label": `Show the route of answer ${turn.number}`});
   button.addEventListener("click", () => { routes.forget(); showRoute(turn); });
-  const experts = turn.header ? expertsOf(turn.header) : null;
+  const experts = turn.told.experts ?? (turn.header ? expertsOf(turn.header) : null);
   if (how === "done" && !turn.text.data) facts.unshift("an empty answer");
   const from = experts?.length ? experts.flatMap(({expert}, at) => [...(at ? [", "] : []), name(expert)]) : [experts ? "the base" : ""];
   const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;

@@ -30,7 +30,7 @@ export const gain = value => {
   return text.startsWith("−") || Number(text) === 0 ? text : `+${text}`;
 };
 export const counted = value => value.toLocaleString("en-GB");
-export const plural = (count, word) => `${counted(count)} ${word}${count === 1 ? "" : "s"}`;
+export const plural = (count, word, several = `${word}s`) => `${counted(count)} ${count === 1 ? word : several}`;
 
 /** Said to those who listen to the page: only what has ended, never what is on its way. */
 export const say = text => { $("status").textContent = text; };

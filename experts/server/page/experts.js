@@ -68,7 +68,8 @@ export function show(models, choose) {
   $("heat").replaceChildren(table);
   $("heat").classList.toggle("bare", !skills.length);
   const ramp = node("span", {kind: "ramp", "aria-hidden": "true"}, ...Array.from({length: STEPS}, (_, at) => node("i", {kind: `s${at}`})));
-  $("legend").replaceChildren(...(skills.length ? [node("span", {text: "0"}), ramp, node("span", {text: "100"}), node("i", {kind: "none key"}), node("span", {text: "not scored"})] : [node("span", {text: "no expert's card has scores yet"})]));
+  const scale = node("span", {}, "0", ramp, "100"), unscored = node("span", {}, node("i", {kind: "none key"}), "not scored");
+  $("legend").replaceChildren(...(skills.length ? [scale, unscored] : ["no expert's card has scores yet"]));
   mark();
 }
 

@@ -3,10 +3,11 @@
 import {ask, expertsOf} from "./api.js";
 import {$, fact, name, node, plural, score} from "./dom.js";
 
-const FEW = 12, PAUSE = 300; // candidates shown at first; milliseconds without a key before a route is asked for
+const FEW = 12, LONG = 400; // candidates shown at first; characters of a reply among several
+const PAUSE = 300; // milliseconds without a key before a route is asked for
 let all = false, latest = null;
 
-const weighted = experts => experts.map(({expert, weight}) => `${expert} ${weight.toFixed(2)}`).join(", ") || "the base";
+const named = experts => experts.map(({expert, weight}) => experts.length > 1 ? `${expert} ${weight.toFixed(2)}` : expert).join(", ") || "the base";
 
 function bars(candidates, weights) {
   const scores = candidates.map(candidate => candidate.score);
@@ -33,40 +34,45 @@ function bars(candidates, weights) {
   return [table, more];
 }
 
-function ballots(votes) {
-  const rows = votes.map(vote => node("tr", {}, node("th", {scope: "row"}, name(String(vote.expert ?? ""))),
-    node("td", {kind: "n", text: typeof vote.weight === "number" ? vote.weight.toFixed(2) : ""}), node("td", {kind: "said", text: String(vote.text ?? "").slice(0, 400)})));
-  const head = node("tr", {}, ...["Vote of", "Weight", "Reply"].map(text => node("th", {scope: "col", text, ...(text === "Weight" ? {kind: "n"} : {})})));
-  return node("table", {kind: "votes"}, node("caption", {text: plural(votes.length, "vote")}), node("thead", {}, head), node("tbody", {}, ...rows));
+/** The replies that one answer came of: each with whose it is, what it weighed and what it was read as, where told. */
+function replies(given, what) {
+  const rows = given.map(one => {
+    const reply = node("td", {kind: "said"}), text = String(one.text ?? "").slice(0, LONG);
+    if (one.answer && one.answer !== text.trim()) reply.append(node("b", {text: one.answer}), " ");
+    reply.append(text);
+    const whose = one.experts?.join(", ") || one.expert || "the base", weight = one.weight ?? one.mean_logprob;
+    return node("tr", {}, node("th", {scope: "row"}, name(whose)), node("td", {kind: "n", text: typeof weight === "number" ? score(weight) : ""}), reply);
+  });
+  const weight = given.some(one => one.mean_logprob !== undefined) ? "Log-prob." : "Weight";
+  const head = node("tr", {}, node("th", {scope: "col", text: "Of"}), node("th", {scope: "col", kind: "n", text: weight}), node("th", {scope: "col", text: "Reply"}));
+  return node("table", {kind: "votes"}, node("caption", {text: plural(given.length, what, what === "reply" ? "replies" : undefined)}), node("thead", {}, head), node("tbody", {}, ...rows));
 }
 
 /**
  * Shows a route as `POST /v1/route` gives it. `of` says whose route it is; `header` is x-xpert-experts of an answer;
- * `told` is what the answer itself said of its experts, where the server says so (its experts, reason and votes).
+ * `told` is what the answer itself said in its field `xpert`: experts, reason, aggregated, stage, confidence.
  */
 export function show(route, of, {header = "", told = {}} = {}) {
   latest = [route, of, {header, told}];
-  const said = {...route, ...told};
-  const experts = header ? expertsOf(header) : said.experts ?? [];
+  const {aggregated = {}} = told, log = aggregated.log ?? {};
+  const experts = told.experts ?? (header ? expertsOf(header) : route.experts ?? []);
   const chips = experts.map(({expert, weight}) => node("li", {kind: "chip"}, name(expert), node("b", {text: weight.toFixed(2)})));
   $("route-of").textContent = of;
   $("chosen").replaceChildren(...(chips.length ? chips : [node("li", {kind: "chip", text: "the base alone"})]));
-  $("reason").textContent = said.reason ?? "";
+  $("reason").textContent = told.reason ?? route.reason ?? "";
   $("reason").className = "";
-  const facts = [];
-  if (typeof said.chance === "number") facts.push(fact("Chance", `${(100 * said.chance).toFixed(0)} %`));
-  if (said.escalation) facts.push(fact("If unsure", `under a confidence of ${said.escalation.below}, ${weighted(said.escalation.experts)} answers`));
-  if (said.aggregator) facts.push(fact("Aggregated", String(said.aggregator)));
-  if (typeof said.log?.share === "number") facts.push(fact("Agreed", `${(100 * said.log.share).toFixed(0)} % of the votes`));
-  if (header) facts.push(fact("Header", node("code", {text: `x-xpert-experts: ${header}`})));
+  const facts = [], add = (term, ...description) => facts.push(fact(term, ...description));
+  if (Number.isFinite(route.chance)) add("Chance", `${(100 * route.chance).toFixed(0)} %`);
+  if (route.escalation) add("If unsure", `under a confidence of ${route.escalation.below}, ${named(route.escalation.experts)} answers`);
+  if (Number.isFinite(told.confidence)) add("Confidence", `${told.confidence.toFixed(2)}${told.stage > 1 ? ", so it was answered anew" : ""}`);
+  if (aggregated.by) add("Aggregated", `by ${aggregated.by}: ${aggregated.reason ?? ""}`);
+  if (header) add("Header", node("code", {text: `x-xpert-experts: ${header}`}));
   const keys = list => list.map(one => one.expert).sort().join();
-  if (header && route.experts && !told.experts && keys(route.experts) !== keys(experts)) {
-    facts.push(fact("Asked again", `the route now goes to ${weighted(route.experts)}`));
-  }
+  if (header && route.experts && !told.experts && keys(route.experts) !== keys(experts)) add("Asked again", `the route now goes to ${named(route.experts)}`);
   $("route-facts").replaceChildren(...facts);
-  const candidates = said.candidates ?? [];
+  $("votes").replaceChildren(...(log.votes?.length ? [replies(log.votes, "vote")] : log.replies?.length ? [replies(log.replies, "reply")] : []));
+  const candidates = route.candidates ?? [];
   $("candidates").replaceChildren(...(candidates.length ? bars(candidates, new Map(experts.map(one => [one.expert, one.weight]))) : []));
-  $("votes").replaceChildren(...(said.log?.votes?.length ? [ballots(said.log.votes)] : []));
 }
 
 export function trouble(words) {
