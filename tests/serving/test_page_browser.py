@@ -17,11 +17,11 @@ from tests.serving.page_front import Front, ServedPage, sse
 CASING = "Write the word in capitals.\n\nbaba (case 3 tite)"
 SUM = "Add the two numbers.\n\n3 + 4"
 EVIL = "</b><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
-SCORES = {
+SCORES: dict[str, dict[str, Any]] = {
     "me/casing": {"scores": {"casing": {"expert": 0.9, "base": 0.25}, "sums": {"expert": 0.1, "base": 0.2}}},
     "me/sums": {"scores": {"sums": {"expert": 0.755, "base": 0.2}}, "version": "@3"},
 }
-LOAD = {
+LOAD: dict[str, Any] = {
     "running": 1,
     "waiting": 2,
     "max_batch": 4,
@@ -330,7 +330,7 @@ def test_everything_a_route_can_say(page: Browser, front: Front) -> None:
         {"experts": [], "weight": 1.0, "answer": "", "text": EVIL},
     ]
     aggregated = {"by": "majority", "reason": "1 of 2 replies agree", "log": {"share": 2 / 3, "votes": votes}}
-    told = {"experts": [{"expert": "me/sums", "weight": 1}], "reason": "likely", "aggregated": aggregated}
+    told: dict[str, Any] = {"experts": [{"expert": "me/sums", "weight": 1}], "aggregated": aggregated}
     header = {"x-xpert-experts": "me/sums=0.75,me/casing=0.25"}
     front.answers["/v1/chat/completions"] = (sse({"choices": [], "xpert": told}), header)
     talk(page, "y")

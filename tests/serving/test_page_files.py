@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from xpert.experts.server import page_files
 from xpert.experts.server.app import create_app
+from xpert.registry.names import NAME_PATTERN
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -169,6 +170,11 @@ def test_what_the_scripts_import_is_exported(page: Read) -> None:
             assert used and used <= exported[source], (file, source, used - exported[source])
     loaded = {a["href"] for tag, a in page.elements if tag == "link" and a.get("rel") == "modulepreload"}
     assert loaded == {f"page/{name}" for name in exported} - {"page/page.js"}  # none is waited for twice
+
+
+def test_experts_are_linked_where_the_registry_has_their_pages() -> None:
+    pattern = NAME_PATTERN.pattern.replace("/", "\\/")
+    assert f"/^{pattern}$/" in text_of("/page/experts.js")
 
 
 def test_every_control_has_a_name(page: Read) -> None:

@@ -1,7 +1,9 @@
 // The server, as the page asks it: relative addresses, so that it may stand behind a proxy's prefix.
 
 const KEY = "xpert-api-key";
-let key = sessionStorage.getItem(KEY) ?? "";
+let store = null; // a browser that keeps nothing for anybody refuses even to be asked
+try { store = sessionStorage; } catch { /* the key is then known until the page is left */ }
+let key = store?.getItem(KEY) ?? "";
 let denied = () => {};
 
 export const hasKey = () => key !== "";
@@ -9,7 +11,7 @@ export const whenDenied = heard => { denied = heard; };
 
 export function useKey(text) {
   key = text;
-  if (key) sessionStorage.setItem(KEY, key); else sessionStorage.removeItem(KEY);
+  if (key) store?.setItem(KEY, key); else store?.removeItem(KEY);
 }
 
 /** What the server refused, in its own words. */
@@ -20,8 +22,11 @@ export class Refusal extends Error {
   }
 }
 
-/** The response to a GET, or to a POST of `body` as JSON. Throws Refusal, or AbortError once `signal` says so. */
-export async function call(path, {body, signal} = {}) {
+/**
+ * The response to a GET, or to a POST of `body` as JSON. Throws Refusal, or AbortError once `signal` says so. Where a
+ * key is missing the user is asked for one, unless `quiet`.
+ */
+export async function call(path, {body, signal, quiet = false} = {}) {
   const headers = key ? {authorization: `Bearer ${key}`} : {};
   const post = body === undefined ? {} : {method: "POST", body: JSON.stringify(body)};
   if (body !== undefined) headers["content-type"] = "application/json";
@@ -34,7 +39,7 @@ export async function call(path, {body, signal} = {}) {
   }
   if (response.ok) return response;
   const words = await response.json().then(told => told.error.message).catch(() => `the server answered ${response.status}`);
-  if (response.status === 401) denied(words);
+  if (response.status === 401 && !quiet) denied(words);
   throw new Refusal(words, response.status);
 }
 

@@ -3,7 +3,7 @@
 import {$, fact, gain, hundredths, name, node, score} from "./dom.js";
 
 const STEPS = 9, ROOMY = 10; // shades; up to so many skills their names are written level where there is room
-const REGISTERED = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
+const REGISTERED = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/; // names that have a page of their own
 
 const page = key => REGISTERED.test(key) ? `registry/names/${key}.html` : `registry/index.html#q=${encodeURIComponent(key)}`;
 const shade = value => `s${Math.max(0, Math.min(STEPS - 1, Math.floor(value * STEPS)))}`;

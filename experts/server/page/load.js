@@ -41,7 +41,7 @@ function show(load) {
 
 /** Asks once and shows it; false where the server has nothing to tell. `renewed` hears of a new generation. */
 async function look(renewed) {
-  const load = await ask("v1/load", {signal: AbortSignal.timeout(5000)});
+  const load = await ask("v1/load", {signal: AbortSignal.timeout(5000), quiet: true});
   if (![load.running, load.waiting, load.tokens_per_second, load.requests].every(Number.isFinite)) throw new TypeError("no load");
   show(load);
   $("load").hidden = false;
