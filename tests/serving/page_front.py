@@ -18,7 +18,10 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Front", "ServedPage", "sse"]
+__all__ = ["PREFIX", "Front", "ServedPage", "sse"]
+
+PREFIX = "/behind/a/proxy"
+"""Taken off the front of paths, as proxies do."""
 
 
 def sse(*events: Any, done: bool = True) -> bytes:
@@ -50,6 +53,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["path"].startswith(PREFIX):
+            scope = {**scope, "path": scope["path"].removeprefix(PREFIX), "raw_path": None}
         path = scope["path"]
         if path == "/v1/load":
             self.looked += 1

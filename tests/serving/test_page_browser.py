@@ -12,7 +12,7 @@ import pytest
 from tests.chromium import Browser
 from tests.chromium import browser as browser
 from tests.chromium import chromium as chromium
-from tests.serving.page_front import Front, ServedPage, sse
+from tests.serving.page_front import PREFIX, Front, ServedPage, sse
 
 CASING = "Write the word in capitals.\n\nbaba (case 3 tite)"
 SUM = "Add the two numbers.\n\n3 + 4"
@@ -215,6 +215,29 @@ def test_escape_stops_an_answer_and_the_server_hears_it(page: Browser, served: S
     fill(page, max_tokens="4")
     talk(page, "And?")
     assert front.bodies("/v1/chat/completions")[1]["messages"][1] == {"role": "assistant", "content": kept}
+
+
+def test_clearing_ends_what_is_on_its_way(page: Browser, served: ServedPage, front: Front) -> None:
+    front.pace = 0.02
+    fill(page, model="base", max_tokens="400", temperature="1", seed="1")
+    send(page, SUM)
+    page.wait("document.querySelector('.turn .reply')?.textContent.length > 3")
+    page.js("document.querySelector('#clear').click()")
+    page.wait("!document.querySelector('#send').disabled")
+    front.pace = 0.0
+    fill(page, max_tokens="4")
+    talk(page, "And?")
+    assert page.js("document.querySelectorAll('.turn').length") == 1
+    assert front.bodies("/v1/chat/completions")[1]["messages"] == [{"role": "user", "content": "And?"}]
+
+
+def test_it_works_behind_a_prefix(page: Browser, served: ServedPage, front: Front) -> None:
+    page.open(f"{served.url}{PREFIX[1:]}/")
+    page.wait("document.body.classList.contains('ready')")
+    fill(page, model="base", max_tokens="4")
+    talk(page, SUM)
+    assert text(page, "#url") == f"{served.url}{PREFIX[1:]}/v1"
+    assert page.js("fetch(document.querySelector('.top a[href^=registry]').href).then(r => r.status)") == 200
 
 
 @pytest.mark.parametrize(

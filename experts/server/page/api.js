@@ -32,7 +32,7 @@ export async function call(path, {body, signal, quiet = false} = {}) {
   if (body !== undefined) headers["content-type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, {...post, headers, signal, cache: "no-store", credentials: "omit"});
+    response = await fetch(path, {...post, headers, signal, cache: "no-store"});
   } catch (error) {
     if (error.name === "AbortError" || error.name === "TimeoutError") throw error;
     throw new Refusal("the server cannot be reached", 0);

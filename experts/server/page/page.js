@@ -26,6 +26,7 @@ async function models() {
   }
   composer.offer(found);
   experts.show(found, choose);
+  routes.renew();
   $("trouble").hidden = true;
 }
 

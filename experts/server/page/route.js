@@ -94,6 +94,9 @@ export async function routeOf(body, signal) {
   return known.route;
 }
 
+/** What was remembered is of experts that are served no more. */
+export const renew = () => { known = {body: "", route: null}; };
+
 export function forget() {
   clearTimeout(timer);
   asking?.abort();
