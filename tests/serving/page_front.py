@@ -44,6 +44,7 @@ class Front:
         self.pace = 0.0
         self.told: Mapping[str, Mapping[str, Any]] = {}
         self.answers: dict[str, tuple[Any, dict[str, str]]] = {}
+        self.missing: set[str] = set()
         self.asked.clear()
         self.looked = 0
 
@@ -70,6 +71,8 @@ class Front:
         if self.key and path.startswith("/v1") and headers.get("authorization") != f"Bearer {self.key}":
             error = {"message": "the API key is missing or unknown", "code": "invalid_api_key"}
             return await _answer(send, 401, {"error": error}, {})
+        if path in self.missing:
+            return await _answer(send, 404, {"error": {"message": "there is no such page"}}, {})
         if path in self.answers:
             return await _answer(send, 200, *self.answers[path])
 

@@ -486,13 +486,15 @@ def test_the_load_is_watched_only_while_it_is_seen(
     page.wait(f"{length} > {points}")
 
 
+@pytest.mark.parametrize("missing", [True, False])
 def test_a_server_that_does_not_tell_its_load_is_asked_once(
-    page: Browser, served: ServedPage, front: Front, hurried: None
+    page: Browser, served: ServedPage, front: Front, hurried: None, missing: bool
 ) -> None:
-    front.answers["/v1/load"] = ({"error": {"message": "nothing like a load"}}, {})
+    front.answers["/v1/load"] = ({"something": "else"}, {})
+    front.missing |= {"/v1/load"} if missing else set()
     front.looked = 0
     reopened(page, served)
-    page.js("new Promise(done => setTimeout(done, 3000))")
+    page.js("new Promise(done => setTimeout(done, 12_000))")
     assert page.js("document.querySelector('#load').hidden") and front.looked == 1
 
 
@@ -555,9 +557,14 @@ def test_nothing_moves_while_one_types_and_is_answered(page: Browser, front: Fro
         "window.moved = 0; new PerformanceObserver(list => { for (const entry of list.getEntries())"
         " window.moved += entry.value; }).observe({type: 'layout-shift', buffered: true})"
     )
+    candidates = [{"expert": f"me/{i}", "score": 1 / (1 + i)} for i in range(60)]
+    route = {"experts": [{"expert": "me/0", "weight": 1}], "candidates": candidates, "reason": "long " * 100}
+    front.answers["/v1/route"] = (route, {})
     fill(page, max_tokens="8")
     page.type(CASING)
-    page.wait("document.querySelectorAll('.candidates tbody tr').length === 2")
+    page.wait("document.querySelectorAll('.candidates tbody tr').length === 12")
+    page.js("document.querySelector('#candidates button').click()")
+    page.js("document.querySelector('#prompt').focus()")
     page.key("Enter", control=True)
     page.wait("document.querySelector('.facts button')")
     page.js("new Promise(done => requestAnimationFrame(() => setTimeout(done, 100)))")
