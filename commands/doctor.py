@@ -25,6 +25,8 @@ PACKAGES = {
     "faiss-cpu": ("faiss", "clusters", "pip install faiss-cpu"),
     "fastapi": ("fastapi", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
     "uvicorn": ("uvicorn", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
+    "prometheus-client": ("prometheus_client", "xpert serve", "pip install 'xpert-toolkit[serve]'"),
+    "opentelemetry-sdk": ("opentelemetry.sdk", "xpert serve --trace", "pip install 'xpert-toolkit[otel]'"),
     "openai": ("openai", "judges at an endpoint", "pip install 'xpert-toolkit[judge]'"),
     "vllm": ("vllm", "the vllm-engine in this process", "pip install 'xpert-toolkit[vllm]'"),
     "s3fs": ("s3fs", "registries at s3:// addresses", "pip install 'xpert-toolkit[s3]'"),
@@ -44,7 +46,7 @@ def examine() -> dict[str, Any]:
     """What is installed and which devices there are, as plain values. Imports torch, where there is one."""
     packages = []
     for name, (module, purpose, remedy) in PACKAGES.items():
-        found = importlib.util.find_spec(module) is not None
+        found = _installed(module)
         packages.append(
             {
                 "package": name,
@@ -65,6 +67,13 @@ def examine() -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(existing).free,
         "packages": packages,
     }
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
 
 
 def _version(name: str) -> str:

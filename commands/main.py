@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "Answer prompts with a mixture, in batches."),
     "eval": ("evaluation", "Score mixtures, experts and models side by side."),
     "serve": ("serve", "Serve a mixture over HTTP, OpenAI-compatible."),
+    "keys": ("keys", "Make, list and remove the API keys of a server."),
     "demo": ("demo", "Run the whole chain on real data and a real model."),
     "doctor": ("doctor", "Show what is installed, which devices there are, what is missing for what."),
 }

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from dataclasses import replace
+from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options, engine_options, pairs
+from xpert.commands.options import Session, common_options, config_options, engine_options, pairs, take
 from xpert.errors import BadInput, Unavailable
+from xpert.experts.server.options import ServeOptions
 
 __all__ = ["command"]
-
-GRACE = 30  # seconds that running answers get after Ctrl-C
 
 
 @click.command("serve")
@@ -24,7 +23,7 @@ GRACE = 30  # seconds that running answers get after Ctrl-C
     "--registry", "location", metavar="R", help="Where registered experts are. [default: as the mixture says]"
 )
 @click.option("--base", metavar="MODEL", help="Where the base model lies, if not where the mixture says.")
-@click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
+@config_options(ServeOptions)
 @engine_options
 @common_options
 def command(
@@ -34,14 +33,15 @@ def command(
     host: str,
     location: str | None,
     base: str | None,
-    max_batch: int,
     engine: str,
     engine_params: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Serve a mixture over HTTP, OpenAI-compatible, with a small web page at /.
 
-    `model` in a request is the mixture's name (the router chooses the experts), an expert's key, or `base`. Ctrl-C
-    ends it: running answers get 30 s to finish, and the exit status is 0.
+    `model` in a request is the mixture's name (the router chooses the experts), the mixture with another router or
+    aggregator (`NAME:router=skills,k=3`), an expert's key, or `base`. New versions of what was named are served without
+    a restart. Ctrl-C ends it: running answers get --grace seconds to finish, and the exit status is 0.
     """
     try:
         import uvicorn
@@ -51,32 +51,39 @@ def command(
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
-    from xpert.experts.mixture import load_mixture
-    from xpert.experts.serving import EngineChoice, MixtureRunner
+    from xpert.experts.server.draining import DrainingServer
+    from xpert.experts.server.generations import Generations
+    from xpert.experts.server.watching import Source, Watch
+    from xpert.experts.serving import EngineChoice, open_engine
     from xpert.registry.opening import open_registry
 
+    serving: ServeOptions = take(ServeOptions, options)
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
-    loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
-    if base is not None:
-        loaded = replace(loaded, base=replace(loaded.base, ref=base))
+    source = Source(mixture, open_registry, location=location, base=base, follow=serving.follow)
+    loaded = source.load()
     with _bound(host, port) as listener:
-        runner = MixtureRunner.open(
-            loaded,
+        lm, opened = open_engine(
+            loaded.base.ref,
+            loaded.base.fingerprint,
             device=session.device,
-            seed=session.seed,
-            max_batch=max_batch,
+            max_batch=serving.max_batch,
             engine=choice,
             progress=session.progress,
         )
+        session.progress.say(f"loading {len(loaded.experts)} experts")
+        generations = Generations(loaded, lm, opened, seed=session.seed, device=session.device)
+        app = create_app(generations, serving, device=session.device)
         address, bound = listener.getsockname()[:2]
         url = f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
         session.result({"url": url, "model": loaded.name}, f"serving {loaded.name} at {url}/v1 (page: {url}/)")
-        config = uvicorn.Config(
-            create_app(runner), log_level="warning", timeout_graceful_shutdown=GRACE, access_log=False
-        )
+        watch = Watch(source, generations, seconds=serving.watch)
+        watch.start()
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
+        server = DrainingServer(config, app.state.service.operation.draining, grace=serving.grace)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
+        watch.close()
         session.progress.say("stopped serving")
 
 

@@ -153,8 +153,8 @@ def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard
 
 
 def _exemplars(rows: Sequence[Row], data: TrainingRows) -> str:
-    """Prompts the expert was trained for, shots first; held-out shots are what it is meant for as well."""
-    shots = [*(row for row in rows if row in data.rows[: data.shots]), *data.validation]
+    """Prompts the expert was trained for, shots first; held-out and unanswered shots are what it is meant for too."""
+    shots = [*(row for row in rows if row in data.rows[: data.shots]), *data.validation, *data.unanswered]
     others = [row for row in rows if row not in data.rows[: data.shots]]
     lines: list[dict[str, Any]] = []
     for kind, group in (("shot", shots), ("row", others)):

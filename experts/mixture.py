@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -283,13 +283,16 @@ def assemble(
     )
 
 
-def load_mixture(ref: str | Path, registry: ExpertStore | None = None) -> Mixture:
+def load_mixture(
+    ref: str | Path, registry: ExpertStore | None = None, *, gone: Callable[[str, NotFound], None] | None = None
+) -> Mixture:
     """A mixture file, a registered mixture or expert `owner/name[@version]`, or an expert folder.
 
     A single expert is a mixture of one behind router `fixed`. `registry` is where registered experts are looked up;
     without one, the registry that the mixture file names, or the user's where that is not on this machine: whichever
-    it is, every expert's weights must be those that were mixed. Raises NotFound for what is not there, BadInput for
-    experts of different bases, Corrupt where an expert is not the one that was mixed.
+    it is, every expert's weights must be those that were mixed. With `gone`, registered experts that are no longer
+    there are left out, and it is told of them (key, error). Raises NotFound for what is not there, BadInput for experts
+    of different bases, Corrupt where an expert is not the one that was mixed.
     """
     path = Path(ref)
     if path.is_dir() and (path / MIXTURE_FILE).is_file() and not (path / CARD_FILE).is_file():
@@ -297,14 +300,14 @@ def load_mixture(ref: str | Path, registry: ExpertStore | None = None) -> Mixtur
     if path.is_dir():
         return _of_one(open_expert(path), registry)
     if path.is_file():
-        return _read(path, registry)
+        return _read(path, registry, gone=gone)
     text = str(ref)
     if _is_path(text) or "/" not in text or path.suffix == ".json":
         raise _no_such_mixture(path)
     store = registry or _registry(None)
     version = store.resolve(text)
     if version.kind == "mixture":
-        return _read(store.pull(version.ref) / MIXTURE_FILE, store, name=version.name)
+        return _read(store.pull(version.ref) / MIXTURE_FILE, store, name=version.name, gone=gone)
     return _of_one(open_expert(version.ref, store), store)
 
 
@@ -319,7 +322,13 @@ def write_mixture(path: Path, mixture: Mixture) -> None:
     write_json(path, value)
 
 
-def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) -> Mixture:
+def _read(
+    path: Path,
+    registry: ExpertStore | None,
+    *,
+    name: str | None = None,
+    gone: Callable[[str, NotFound], None] | None = None,
+) -> Mixture:
     where = str(path)
     value = read_json(path, most=_MOST_BYTES)
     if not isinstance(value, dict) or value.get("kind") != "mixture":
@@ -352,7 +361,16 @@ def _read(path: Path, registry: ExpertStore | None, *, name: str | None = None) 
         store = _registry(named if here else None)
         if not here:
             _check_present(entries, store, named, where)
-    experts = [_member(entry, anchor, store, where) for entry in entries]
+    experts = []
+    for entry in entries:
+        try:
+            experts.append(_member(entry, anchor, store, where))
+        except NotFound as error:
+            if gone is None or _is_path(entry[1]):
+                raise
+            gone(entry[0], error)
+    if not experts:
+        raise NotFound("none of the mixture's experts is left in the registry", where=where)
     _check_one_base(experts, base)
     located = store.location if store else recorded
     called = name or str(value.get("name") or path.stem)

@@ -14,7 +14,7 @@ from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
 from xpert.experts.routing import MixtureRouter, explain, route_request
 from xpert.progress import SILENT, Progress
-from xpert.protocols import EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.protocols import Constraint, EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
@@ -74,11 +74,24 @@ class MixtureRunner:
     `engine` holds the experts already; besides `protocols.Engine` it tells its `context` (tokens of prompt and reply).
     """
 
-    def __init__(self, mixture: Mixture, lm: LanguageModel, engine: Any, router: MixtureRouter) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        lm: LanguageModel,
+        engine: Any,
+        router: MixtureRouter,
+        *,
+        keys: Mapping[str, str] | None = None,
+        gate: str = GATE,
+    ) -> None:
+        """`keys`: key in the mixture -> the engine's, and `gate` the engine's name of the mixture's, where they differ
+        since the engine holds other mixtures too."""
         self.mixture = mixture
         self.lm = lm
         self.engine = engine
         self.router = router
+        self.keys = dict(keys) if keys is not None else {key: key for key in mixture.keys}
+        self._gate = gate
         self._strength = {expert.key: expert.weight for expert in mixture.experts}
         self._cosines = gate_cosines(mixture, device=str(lm.device))
 
@@ -122,6 +135,7 @@ class MixtureRunner:
         *,
         gated: bool = True,
         tokenizer: Any = None,
+        constraint: Constraint | None = None,
         where: str | None = None,
     ) -> EngineRequest:
         """A prompt in the base's chat form, with `max_tokens` cut to what the model's context still holds.
@@ -134,6 +148,22 @@ class MixtureRunner:
         from xpert.language_model import encode_prompt
 
         ids = encode_prompt(tokenizer or self.lm.tokenizer, messages)
+        prompt = RouteRequest(id, tuple(messages)).prompt
+        return self.request_of_ids(id, ids, prompt, experts, sampling, gated=gated, constraint=constraint, where=where)
+
+    def request_of_ids(
+        self,
+        id: str,
+        ids: tuple[int, ...],
+        prompt: str,
+        experts: WeightedExperts,
+        sampling: Sampling,
+        *,
+        gated: bool = True,
+        constraint: Constraint | None = None,
+        where: str | None = None,
+    ) -> EngineRequest:
+        """As `engine_request`, of a prompt that is token ids already; `prompt` is its text, for the gate's bias."""
         room = self.engine.context - len(ids)
         if room < 1:
             raise BadInput(
@@ -143,13 +173,24 @@ class MixtureRunner:
             )
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         if not gated or self.mixture.gate is None or not experts:
-            return EngineRequest(id, ids, experts, sampling)
+            return EngineRequest(id, ids, self._named(experts), sampling, constraint=constraint)
         strengths = tuple((key, self._strength[key]) for key, _ in experts)
         bias: WeightedExperts = ()
         if self._cosines is not None:
-            prompt = RouteRequest(id, tuple(messages)).prompt
             bias = tuple(pair for pair in self._cosines.gate_bias([prompt])[0] if pair[0] in dict(strengths))
-        return EngineRequest(id, ids, strengths, sampling, gate=GATE, gate_bias=bias)
+        return EngineRequest(
+            id,
+            ids,
+            self._named(strengths),
+            sampling,
+            gate=self._gate,
+            gate_bias=self._named(bias),
+            constraint=constraint,
+        )
+
+    def _named(self, experts: WeightedExperts) -> WeightedExperts:
+        """The experts by the engine's keys."""
+        return tuple((self.keys[key], weight) for key, weight in experts)
 
     def answer(
         self,

@@ -36,12 +36,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Rows to learn from (shots first), shots held out for validation, and what is known of the selection."""
+    """Rows to learn from (shots first), shots held out for validation, and what is known of the selection.
+
+    unanswered: shots that are prompts alone; nothing is learned of them, but they say what the expert is meant for.
+    """
 
     rows: tuple[Row, ...]
     shots: int
     validation: tuple[Row, ...]
     selection: Mapping[str, Any]
+    unanswered: tuple[Row, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -50,6 +54,7 @@ class TrainingRows:
         for row in (*self.rows, *self.validation):
             texts += [text for message in row.messages for text in (message.role, message.content)]
             texts.append(row.response)
+        texts += [row.prompt for row in self.unanswered]
         return hash_texts([str(len(self.rows)), *texts])
 
 
@@ -76,10 +81,12 @@ def gather_rows(source: str | Path, *, use_shots: bool, hold_out: str, seed: int
     """Reads a selection folder, a pool folder or any source of rows.
 
     Shots stand in the training set once, before the rows; `hold_out` of them (a number, or a share such as 0.25 or
-    25%), drawn by the seed, are kept out of it. Raises BadInput where no row is left.
+    25%), drawn by the seed, are kept out of it; shots without answers always are. Raises BadInput where no row is left.
     """
     rows, shots, summary = _read(source)
     shots = shots if use_shots else []
+    unanswered = tuple(shot for shot in shots if not shot.response)
+    shots = [shot for shot in shots if shot.response]
     count = held_out_count(hold_out, len(shots), asked=use_shots)
     away = set(np.random.default_rng(seed).permutation(len(shots))[:count].tolist())
     validation = tuple(shot for index, shot in enumerate(shots) if index in away)
@@ -88,7 +95,9 @@ def gather_rows(source: str | Path, *, use_shots: bool, hold_out: str, seed: int
     rest = [row for row in rows if (row.messages, row.response) not in seen]
     if not learned and not rest:
         raise BadInput("there is no row to train on", where=str(source), hint="select some rows first")
-    return TrainingRows((*learned, *rest), len(learned), validation, summary)
+    if unanswered:
+        summary = {**summary, "unanswered_shots": len(unanswered)}
+    return TrainingRows((*learned, *rest), len(learned), validation, summary, unanswered)
 
 
 def held_out_count(hold_out: str, shots: int, *, asked: bool = True) -> int:
@@ -146,7 +155,7 @@ def _language(columns: Mapping[str, Any]) -> str | None:
 
 def skills_of(data: TrainingRows) -> tuple[str, ...]:
     """The skills the expert is meant for: those of the shots, or of the rows where no shot names one."""
-    shots = (*data.rows[: data.shots], *data.validation)
+    shots = (*data.rows[: data.shots], *data.validation, *data.unanswered)
     for group in (shots, data.rows):
         counts = Counter(row.skill for row in group if row.skill)
         if counts:

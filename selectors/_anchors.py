@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from xpert.budgeting import BudgetMeter
 from xpert.errors import BadInput
 from xpert.records import Shots
+from xpert.selection import check_answers
 
 if TYPE_CHECKING:
     from xpert.features import Features
@@ -23,10 +24,12 @@ BLOCK = 4096
 """Pool rows handled at once; results do not depend on it."""
 
 
-def needs_shots(method: str, shots: Shots | None) -> Shots:
-    """The shots; raises BadInput where a method that needs them was given none."""
+def needs_shots(method: str, shots: Shots | None, *, answers: bool = False) -> Shots:
+    """The shots; raises BadInput where a method that needs them was given none, or reads answers and one has none."""
     if shots is None or len(shots) == 0:
         raise BadInput(f"method {method!r} needs shots", hint="give the examples of the task by --shots FILE")
+    if answers:
+        check_answers(method, shots)
     return shots
 
 

@@ -34,22 +34,23 @@ def ranked(scorer_class: type[Scorer]) -> type[Any]:
 
     class Ranked:
         Options: ClassVar[type[Config]] = scorer_class.Options
-        needs: ClassVar[frozenset[str]] = scorer_class.needs
+        needs: frozenset[str] = scorer_class.needs
         cost: ClassVar[str] = scorer_class.cost
         source: ClassVar[str] = scorer_class.source
 
         def __init__(self, options: Any) -> None:
             self.scorer: Scorer = scorer_class(options)
+            # An option may take a need away (a scorer model of its own needs no base): the instance knows.
+            self.needs = self.scorer.needs
 
         def select(
             self, features: Features, shots: Shots | None, budget: Budget, rng: np.random.Generator
         ) -> Selection:
             rows = len(features.pool)
             meter = BudgetMeter.of(budget, rows, features.lengths() if budget.in_tokens else None)
-            # An option may take a need away (a scorer model of its own needs no base): the instance knows.
-            if "shots" in self.scorer.needs:
-                needs_shots(scorer_class.__module__.rsplit(".", 1)[-1], shots)
-            if "base" in self.scorer.needs:
+            if "shots" in self.needs:
+                needs_shots(scorer_class.__module__.rsplit(".", 1)[-1], shots, answers="answers" in self.needs)
+            if "base" in self.needs:
                 features.base()
             self.scorer.prepare(features, shots, rng)
             scores = np.asarray(self.scorer.score(np.arange(rows, dtype=np.int64)), dtype=np.float32)

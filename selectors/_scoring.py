@@ -53,7 +53,7 @@ def prepared_scorer(
     """An opened scorer that is ready to score; raises BadInput where it needs shots or a base that are not given."""
     scorer = open_scorer(name, parameters)
     if "shots" in scorer.needs:
-        needs_shots(name, shots)
+        needs_shots(name, shots, answers="answers" in scorer.needs)
     if "base" in scorer.needs:
         features.base()
     scorer.prepare(features, shots, rng)

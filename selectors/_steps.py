@@ -258,8 +258,7 @@ def _pick(keys: dict[str, Any], known: _Known) -> PickStep:
     if (step.method is None) == (step.best is None):
         raise BadInput("a pick has one of method and best")
     if step.method is not None:
-        _open_selector(step.method, params)
-        needs = plugins.load("selector", step.method).needs
+        needs = _open_selector(step.method, params).needs
     else:
         assert step.best is not None
         needs = _score_needs(step.best, params, known)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xpert.errors import BadInput, unknown
 from xpert.progress import SILENT, Progress
 from xpert.records import Budget, Shots
-from xpert.selection import open_method, select
+from xpert.selection import check_answers, open_method, select
 from xpert.selection_folder import SelectionFolder
 from xpert.storage import MANIFEST, check_output, read_json, write_manifest
 
@@ -73,13 +73,15 @@ def compare(
     stray = set(params or {}) - set(methods)
     if stray:
         raise unknown("method in the parameters", min(stray), methods)
-    for method in methods:
-        open_method(method, (params or {}).get(method, {}))
+    selectors = {method: open_method(method, (params or {}).get(method, {}))[0] for method in methods}
     if not _is_ours(out):
         check_output(out)
     if isinstance(pool, str | Path):
         pool = open_pool(pool, options=pool_options, progress=progress)
-    given = read_shots(shots) if isinstance(shots, str | Path) else shots
+    given = read_shots(shots, need_answers=False) if isinstance(shots, str | Path) else shots
+    for method, selector in selectors.items():
+        if given and "answers" in selector.needs:
+            check_answers(method, given)
     options = features or FeatureOptions()
     jobs = [(name, method, (params or {}).get(method, {}), seed) for name, method in names.items()]
     jobs += [(f"random-{draw + 1}", "random", {}, seed + draw) for draw in range(CONTROLS)]

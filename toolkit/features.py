@@ -106,7 +106,8 @@ class Features:
         return self._embeddings
 
     def shot_embeddings(self) -> Floats:
-        """float32 [K, d], in the order of the shots. Raises BadInput without shots."""
+        """float32 [K, d], in the order of the shots. Raises BadInput without shots, and for one without the answer that
+        the embedded field holds."""
         return self._shot_embeddings
 
     def embed(self, rows: Iterable[Row]) -> Floats:
@@ -123,9 +124,7 @@ class Features:
 
     @cached_property
     def _shot_embeddings(self) -> Floats:
-        shots = self.shots
-        if shots is None or not len(shots):
-            raise BadInput("there are no shots to compare with", hint="give them with --shots FILE")
+        shots = self._some_shots(answers=self.options.embed_field != "prompt")
         key = {**self._embedding_key, "shots": shots.fingerprint}
         with self._timed("shot embeddings"):
             return self._cache.get_or_make("shot-embeddings", key, lambda: {"rows": self.embed(shots)})["rows"]
@@ -281,10 +280,8 @@ class Features:
         return store.read(rows)
 
     def compute_shots(self, row_pass: RowPass) -> Arrays:
-        """The arrays of a pass for the shots [K]. Raises BadInput without shots."""
-        shots = self.shots
-        if shots is None or not len(shots):
-            raise BadInput("there are no shots to compare with", hint="give them with --shots FILE")
+        """The arrays of a pass for the shots [K]. Raises BadInput without shots, and for one without an answer."""
+        shots = self._some_shots(answers=True)
         key = {"pass": row_pass.name, **row_pass.key, "shots": shots.fingerprint}
 
         def run() -> Arrays:
@@ -293,6 +290,17 @@ class Features:
 
         with self._timed(f"{row_pass.name} of shots"):
             return self._cache.get_or_make("shot-pass", key, run)
+
+    def _some_shots(self, *, answers: bool) -> Shots:
+        """The shots; raises BadInput where there are none, or where their answers are read and one has none."""
+        if self.shots is None or not len(self.shots):
+            raise BadInput("there are no shots to compare with", hint="give them with --shots FILE")
+        if answers and self.shots.unanswered:
+            raise BadInput(
+                f"shot {self.shots.unanswered[0].id} has no answer to compare with",
+                hint="fill in the shots' answers, or read prompts alone: --embed-field prompt",
+            )
+        return self.shots
 
     def computed(self, row_pass: RowPass) -> int:
         """How many of the pool's rows the pass is there for."""

@@ -122,7 +122,9 @@ class Selector(Protocol):
     """Pool features + shots + budget -> ordered rows with scores and reasons.
 
     Class attributes describe the method to `xpert methods`; `Options` are its parameters. `needs` names the features
-    it reads, of {"shots", "embeddings", "clusters", "lengths", "base", "judge"}; a token budget always needs lengths.
+    it reads, of {"shots", "answers", "embeddings", "clusters", "lengths", "base", "judge"}; a token budget always needs
+    lengths. "answers" are those of the shots: a method without that need takes shots that are prompts alone. Where
+    options change what is read, an instance has `needs` of its own.
     """
 
     Options: ClassVar[type[Config]]
@@ -727,3 +729,6 @@ class Engine(Protocol):
 
     def prompt_logprobs(self, requests: Sequence[EngineRequest], alternatives: int = 0) -> list[list[TokenLogprob]]:
         """Of each request's prompt, every token but the first with its log-probability given those before it."""
+
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Floats:
+        """float32 [n, d], rows of length 1: the base model's own view of each prompt, without experts."""

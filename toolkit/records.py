@@ -58,7 +58,7 @@ def licence_of(columns: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Shots:
-    """The K labelled examples of the target task: the anchor of a selection."""
+    """The K examples of the target task: the anchor of a selection. An unlabelled one has the empty answer."""
 
     rows: tuple[Row, ...]
 
@@ -67,6 +67,11 @@ class Shots:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+    @property
+    def unanswered(self) -> tuple[Row, ...]:
+        """Those without an answer: prompts of the task that nobody has labelled."""
+        return tuple(row for row in self.rows if not row.response)
 
     @property
     def fingerprint(self) -> str:

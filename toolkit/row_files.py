@@ -55,9 +55,9 @@ def read_rows(
     return _with_unique_ids(rows, source.name)
 
 
-def read_shots(path: str | Path) -> Shots:
-    """The K labelled examples of a task. Raises BadInput where one lacks a prompt or an answer."""
-    return Shots(tuple(read_rows(path)))
+def read_shots(path: str | Path, *, need_answers: bool = True) -> Shots:
+    """The K labelled examples of a task. Raises BadInput where one lacks a prompt, or an answer that is needed."""
+    return Shots(tuple(read_rows(path, need_answer=need_answers)))
 
 
 def read_prompts(path: str | Path) -> list[Row]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from xpert.data import Pool, PoolOptions
     from xpert.features import FeatureOptions, Features
 
-__all__ = ["SelectionFolder", "choose", "open_method", "read_selection", "select"]
+__all__ = ["SelectionFolder", "check_answers", "choose", "open_method", "read_selection", "select"]
 
 
 def select(
@@ -62,10 +62,10 @@ def select(
 ) -> SelectionFolder:
     """Selects rows of `pool` by `method` and writes them to the folder `out`.
 
-    Rows that overlap the shots are never chosen. The same inputs, configuration and seed give the same rows, and a
-    folder that holds them already is recognised and read instead. Without `report` no page is written, and clusters
-    are computed only for a method that reads them. Raises BadInput where the inputs, the method's parameters or the
-    budget do not fit, and where `out` holds something else.
+    Rows that overlap the shots are never chosen. Shots may lack answers, where the method reads none. The same inputs,
+    configuration and seed give the same rows, and a folder that holds them already is recognised and read instead.
+    Without `report` no page is written, and clusters are computed only for a method that reads them. Raises BadInput
+    where the inputs, the method's parameters or the budget do not fit, and where `out` holds something else.
     """
     from xpert.data import open_pool, overlapping_rows, read_shots
     from xpert.features import FeatureOptions, Features
@@ -73,9 +73,16 @@ def select(
     out = Path(out)
     parsed = Budget.parse(budget) if isinstance(budget, str) else budget
     selector, written = open_method(method, params or {})
-    given = read_shots(shots) if isinstance(shots, str | Path) else shots
+    given = read_shots(shots, need_answers=False) if isinstance(shots, str | Path) else shots
     if "shots" in selector.needs and not given:
         raise BadInput(f"method {method!r} needs shots", hint="give the examples of the task by --shots FILE")
+    if given and given.unanswered:
+        if "answers" in selector.needs:
+            check_answers(method, given)
+        progress.say(
+            f"{len(given.unanswered):,} of {len(given):,} shots have no answer: they steer the selection, and nothing "
+            "will be trained on them"
+        )
     if not _is_selection(out):
         check_output(out)
     feature_options = features or FeatureOptions()
@@ -175,6 +182,16 @@ def choose(
         spread[keep] = pool_scores
         pool_scores = spread
     return Selection(keep[found.rows], found.scores, found.reasons, found.log, pool_scores)
+
+
+def check_answers(method: str, shots: Shots) -> None:
+    """Refuses shots without answers, for a method that reads those."""
+    if shots.unanswered:
+        count = f"{len(shots.unanswered):,} of {len(shots):,} shots have none, as {shots.unanswered[0].id}"
+        raise BadInput(
+            f"method {method!r} reads the shots' answers, and {count}",
+            hint="fill them in, or use a method that reads prompts alone, such as kshot, mmr or similarity",
+        )
 
 
 def _check(found: Selection, rows: int, name: str) -> None:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "Search names, descriptions and skills."),
     "skills": ("skills", "Show the tree of skills, or one skill and the experts that have it."),
     "site": ("web_pages", "Write the registry as a folder of web pages."),
+    "gaps": ("gaps", "Name the next expert to build, by a server's request log."),
     "rank": ("rank", "Rank experts by their skill profiles, or by who beat whom."),
     "verify": ("verify", "Read every file and check it."),
     "tag": ("tag", "Move a tag, such as `stable`, to a version."),

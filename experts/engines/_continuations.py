@@ -14,7 +14,7 @@ from xpert.experts.engines._passes import Passes
 from xpert.experts.engines._requests import Asked
 from xpert.protocols import EngineRequest
 
-__all__ = ["continuation_logprobs"]
+__all__ = ["continuation_logprobs", "prompt_batches"]
 
 Ids = tuple[int, ...]
 _Prompt = tuple[Asked, Ids, list[int]]
@@ -46,7 +46,7 @@ def continuation_logprobs(
         passes.check_prompt(request.prompt_ids, where=where, room=len(continuation))
         passes.check_prompt(continuation, where=where, room=0)
     scores: list[list[float]] = [[] for _ in requests]
-    for prompts in _batches(bank, requests, asked, max_batch):
+    for prompts in prompt_batches(bank, requests, asked, max_batch):
         handles = _handles(prompts)
         lease = bank.wait(handles) if handles else None
         try:
@@ -62,10 +62,10 @@ def continuation_logprobs(
     return scores
 
 
-def _batches(
+def prompt_batches(
     bank: AdapterBank, requests: Sequence[EngineRequest], asked: Sequence[Asked], size: int
 ) -> Iterator[list[_Prompt]]:
-    """Distinct prompts in batches of like length whose adapters fit the device together."""
+    """Distinct (experts, tokens, which requests have them), in batches of like length whose adapters fit together."""
     distinct: dict[tuple[Asked, Ids], list[int]] = {}
     for index, request in enumerate(requests):
         distinct.setdefault((asked[index], request.prompt_ids), []).append(index)

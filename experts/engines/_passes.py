@@ -31,6 +31,7 @@ class Passes:
         text_config = self.config.get_text_config()
         self.context: int = getattr(text_config, "max_position_embeddings", None) or 2**31
         self.ends: frozenset[int] = lm.stop_ids
+        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self._lock = threading.Lock()
 
     def prefill(
@@ -84,6 +85,13 @@ class Passes:
         logits: torch.Tensor = output.logits
         return logits
 
+    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The base's last hidden states [rows, tokens, d] of right-padded rows, without experts and output head."""
+        with self._lock, torch.inference_mode():
+            output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
     def forget(self, adapter: Adapter) -> None:
         """Frees what is made of an adapter that has left the device."""
         self.planner.forget(adapter)
@@ -93,14 +101,15 @@ class Passes:
         if not prompt:
             raise BadInput("the prompt is empty", where=where)
         if len(prompt) + room > self.context:
+            coming = f", with the {room} to come" if room else ""
             raise BadInput(
-                f"the prompt has {len(prompt):,} tokens; the context of the base model holds {self.context:,}, "
-                f"with the {room} to come",
+                f"the prompt has {len(prompt):,} tokens; the context of the base model holds {self.context:,}{coming}",
                 where=where,
                 hint="shorten the prompt",
             )
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        if not (min(prompt) >= 0 and max(prompt) < vocabulary):
+        if not (min(prompt) >= 0 and max(prompt) < self.vocabulary):
             raise BadInput(
-                f"the prompt holds a token outside 0..{vocabulary - 1}", where=where, hint="use the base's tokenizer"
+                f"the prompt holds a token outside 0..{self.vocabulary - 1}",
+                where=where,
+                hint="use the base's tokenizer",
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from xpert.experts.engines._constraints import Guide
 from xpert.experts.engines._lora_plan import GateEntry, RowMixture
 from xpert.experts.engines._prefixes import Chain
 from xpert.experts.engines._reply_text import ReplyText
@@ -59,13 +60,14 @@ class InFlight:
     """A request that waits or runs. `token` is the next to be fed, to all its lanes.
 
     lanes: the one its tokens are chosen in, and with `decoder` the one they are contrasted with. `handles`: all
-    adapters it needs, which `lease` holds on the device while it runs.
+    adapters it needs, which `lease` holds on the device while it runs. `guide`: what its constraint allows.
     """
 
     request: EngineRequest
     decoder: Decoder | None
     chooser: Chooser
     text: ReplyText
+    guide: Guide | None = None
     lanes: tuple[Lane, ...] = ()
     lease: Lease | None = None
     token: int = 0
@@ -82,7 +84,10 @@ class InFlight:
         return tuple(dict.fromkeys(handle for lane in self.lanes for handle in lane.asked.handles))
 
     def say(self, token: int, ends: frozenset[int], context: int) -> Piece | None:
-        """Takes the next token, and gives the piece of text that it completes, if any."""
+        """Takes the next token, and gives the piece of text that it completes, if any.
+
+        Raises BadInput where the constraint became too costly to follow.
+        """
         self.token = token
         self.made += 1
         text = self._text(token, ends, context)
@@ -100,10 +105,11 @@ class InFlight:
             self.finished = "stop"
             return self.text.finish()
         text = self.text.add(token)
+        whole = self.guide is not None and self.guide.advance(token)
         full = max(lane.length for lane in self.lanes) + 1 >= context
-        if not self.text.stopped and (self.made >= self.request.sampling.max_tokens or full):
+        if not self.text.stopped and (whole or self.made >= self.request.sampling.max_tokens or full):
             text += self.text.finish()
-            self.finished = "length"
+            self.finished = "stop" if whole else "length"
         if self.text.stopped:
             self.finished = "stop"
         return text

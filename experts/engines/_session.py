@@ -16,6 +16,7 @@ import torch
 
 from xpert.errors import BadInput, XpertError
 from xpert.experts.engines._bank import AdapterBank
+from xpert.experts.engines._choosing import constrained, contrasted
 from xpert.experts.engines._kv_cache import RowCache, gather
 from xpert.experts.engines._lora_layers import Unservable
 from xpert.experts.engines._lora_plan import Plan, row_order
@@ -47,8 +48,8 @@ class Session:
     """A batch that lives: `submit`, `step` until `idle`, `cancel` at any time.
 
     `submit`, `cancel`, `idle` and `pending` may be used from any thread, `step` and `failures` from one. A request
-    whose logits stop being numbers, or whose adapters cannot be loaded, leaves, and `failures` says so; the others go
-    on.
+    whose logits stop being numbers, whose adapters cannot be loaded or whose constraint becomes too costly, leaves, and
+    `failures` says so; the others go on.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Session:
     def submit(self, request: EngineRequest) -> None:
         """Queues a request with the experts as they are now: a later exchange does not touch it.
 
-        Raises BadInput for a prompt that is empty or too long, an id in use or senseless sampling, NotFound for an
-        unknown expert, gate or decoder.
+        Raises BadInput for a prompt that is empty or too long, an id in use, senseless sampling or a constraint that
+        cannot be followed, NotFound for an unknown expert, gate or decoder, Unavailable where a constraint needs a
+        library that is missing. A constraint that is new costs the caller its grammar (see `Grammars`).
         """
         prepared = self._prepare(request)
         if len(prepared.lanes) > self._max_batch:
@@ -102,6 +104,11 @@ class Session:
         """The ids that wait or are in flight."""
         with self._lock:
             return frozenset(self._ids)
+
+    @property
+    def running(self) -> int:
+        """Rows in the batch; the other requests wait for a place."""
+        return len(self._batch.lanes)
 
     @property
     def idle(self) -> bool:
@@ -294,14 +301,19 @@ class Session:
         place = {id(lane): row for row, lane in enumerate(lanes)}
         requests = [lane.of for lane in lanes if lane is lane.of.lanes[0]]
         own = logits if len(requests) == len(lanes) else logits[[place[id(request.lanes[0])] for request in requests]]
-        tokens = choose(_contrasted(requests, own, logits, place), [request.chooser for request in requests])
+        scores, failed = constrained(requests, contrasted(requests, own, logits, place), own)
+        tokens = choose(scores, [request.chooser for request in requests])
+        failed = {row: _not_numbers(requests[row].request) for row, token in enumerate(tokens) if token < 0} | failed
         self._tell(requests, own, tokens)
         pieces = []
-        for request, token in zip(requests, tokens, strict=True):
-            if token < 0:
-                self._fail(request, _not_numbers(request.request))
+        for row, request in enumerate(requests):
+            try:
+                if row in failed:
+                    raise failed[row]
+                piece = request.say(tokens[row], self._passes.ends, self._passes.context)
+            except XpertError as error:
+                self._fail(request, error)
                 continue
-            piece = request.say(token, self._passes.ends, self._passes.context)
             if piece is not None:
                 pieces.append(piece)
         ended = [request for request in requests if request.finished]
@@ -355,25 +367,6 @@ class Session:
 
 def _adapts(request: InFlight, module: str) -> bool:
     return any(module in adapter.modules for lane in request.lanes for adapter, _ in lane.mixture.experts)
-
-
-def _contrasted(
-    requests: Sequence[InFlight], own: torch.Tensor, logits: torch.Tensor, place: dict[int, int]
-) -> torch.Tensor:
-    """The logits to choose by: those of requests with a decoder are contrasted with their second lane's."""
-    groups: dict[int, list[int]] = {}
-    for row, request in enumerate(requests):
-        if request.decoder is not None:
-            groups.setdefault(id(request.decoder), []).append(row)
-    if not groups:
-        return own
-    result = own.float().clone()
-    for rows in groups.values():
-        decoder = requests[rows[0]].decoder
-        assert decoder is not None
-        other = logits[[place[id(requests[row].lanes[1])] for row in rows]]
-        result[rows] = decoder.combine(own[rows], other).float()
-    return result
 
 
 def _not_numbers(request: EngineRequest) -> XpertError:

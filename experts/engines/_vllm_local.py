@@ -29,7 +29,7 @@ class LocalBackend:
         try:
             from vllm import AsyncEngineArgs, SamplingParams
             from vllm.lora.request import LoRARequest
-            from vllm.sampling_params import RequestOutputKind
+            from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise Unavailable(
@@ -37,6 +37,7 @@ class LocalBackend:
                 hint='run `pip install "xpert-toolkit[vllm]"`, or give base-url of a vLLM server',
             ) from None
         self._params, self._lora, self._delta = SamplingParams, LoRARequest, RequestOutputKind.DELTA
+        self._structured = StructuredOutputsParams
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="xpert-vllm", daemon=True)
         self._thread.start()
@@ -99,10 +100,12 @@ class LocalBackend:
         with self._lock:
             self._count += 1
             number = self._count  # vLLM wants ids of its own: two sessions may use the same
-        kind = {"output_kind": self._delta} if delta else {}
+        more: dict[str, Any] = {"output_kind": self._delta} if delta else {}
+        if "structured_outputs" in ask.fields:
+            more["structured_outputs"] = self._structured(**ask.fields["structured_outputs"])
         return self._engine.generate(
             {"prompt_token_ids": list(ask.prompt_ids)},
-            self._params(**ask.fields, **kind),
+            self._params(**{**ask.fields, **more}),
             f"{number}-{ask.id}",
             lora_request=None if ask.adapter is None else self._request(ask.adapter),
         )

@@ -11,6 +11,7 @@ Field by field, the left being xpert's `Sampling` and the right vLLM's `Sampling
     stop                stop                 the same; the text is cut before it by xpert itself
     logprobs            logprobs             the model's own, before penalties and temperature, in both
     (the base's ends)   stop_token_ids       what ends a reply in the base's chat form
+    (the constraint)    structured_outputs   json, regex and choice; grammars of vLLM are of its backend's own kind
 
 Every field is always sent: a server fills those left out from the model's own generation settings.
 """
@@ -21,10 +22,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from xpert.errors import BadInput
+from xpert.experts.engines._constraints import check_constraint, choices_of
 from xpert.experts.engines._sampling import check_sampling
-from xpert.protocols import EngineRequest, Sampling
+from xpert.protocols import Constraint, EngineRequest, Sampling
 
-__all__ = ["check_request", "sampling_fields", "scoring_fields"]
+__all__ = ["check_request", "constraint_fields", "sampling_fields", "scoring_fields"]
 
 LEAST_TEMPERATURE = 0.01
 """vLLM raises temperatures between 0 and this one to it, and says so in its log alone."""
@@ -46,6 +48,14 @@ def check_request(request: EngineRequest, *, max_logprobs: int, where: str) -> N
             where=where,
             hint="use the torch-lora engine",
         )
+    if request.constraint is not None:
+        check_constraint(request.constraint, where=where)
+        if request.constraint.kind == "lark":
+            raise BadInput(
+                "vLLM's grammars are of a kind that depends on its backend, so a lark grammar cannot run on it",
+                where=where,
+                hint="use the torch-lora engine, or a JSON schema or regular expression",
+            )
     sampling = request.sampling
     check_sampling(sampling, where=where)
     if not (sampling.temperature == 0 or LEAST_TEMPERATURE <= sampling.temperature <= MOST_TEMPERATURE):
@@ -86,6 +96,17 @@ def sampling_fields(sampling: Sampling, ends: Iterable[int], *, room: int) -> di
     if sampling.logprobs is not None:
         fields["logprobs"] = sampling.logprobs
     return fields
+
+
+def constraint_fields(constraint: Constraint | None) -> dict[str, Any]:
+    """vLLM's parameter for a checked constraint; vLLM itself says what it does not take of a schema or expression."""
+    if constraint is None:
+        return {}
+    if constraint.kind == "choice":
+        return {"structured_outputs": {"choice": choices_of(constraint.text, where="constraint")}}
+    if constraint.kind == "regex":
+        return {"structured_outputs": {"regex": constraint.text}}
+    return {"structured_outputs": {"json": constraint.text or '{"type": "object"}'}}
 
 
 def scoring_fields(token: int) -> dict[str, Any]:

@@ -18,18 +18,31 @@ import torch
 
 from xpert import plugins
 from xpert.config import Config, option
+from xpert.embedders._pooling import mean_pooled
 from xpert.errors import BadInput, unknown
 from xpert.experts.engines._bank import AdapterBank, ResidencyOptions
+from xpert.experts.engines._constraints import Grammars
 from xpert.experts.engines._continuations import continuation_logprobs
 from xpert.experts.engines._driving import drive
 from xpert.experts.engines._lora_plan import GateEntry
 from xpert.experts.engines._passes import Passes
+from xpert.experts.engines._prompt_logprobs import prompt_logprobs
 from xpert.experts.engines._reply_text import ReplyText
 from xpert.experts.engines._requests import Asked, InFlight, Lane
 from xpert.experts.engines._sampling import Chooser, check_sampling
 from xpert.experts.engines._session import Session
 from xpert.language_model import LanguageModel
-from xpert.protocols import Contrast, Decoder, EngineRequest, Gate, Piece, WeightedExperts
+from xpert.progress import SILENT
+from xpert.protocols import (
+    Contrast,
+    Decoder,
+    EngineRequest,
+    Floats,
+    Gate,
+    Piece,
+    TokenLogprob,
+    WeightedExperts,
+)
 from xpert.storage import hash_json
 
 __all__ = ["PLUGIN", "TorchEngine", "TorchOptions"]
@@ -37,6 +50,8 @@ __all__ = ["PLUGIN", "TorchEngine", "TorchOptions"]
 
 MOST_EXPERTS = 1024
 """Experts of one request. All are on the device at once, and a batch concatenates them."""
+EMBED_TOKENS = 2048
+"""Tokens with padding of one pass of `embed`, for which all that generate wait."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class TorchEngine:
         self._gates: dict[str, GateEntry] = {}
         self._gates_made = 0
         self._decoders: dict[str, Decoder] = {}
+        self._grammars = Grammars(lm.tokenizer, lm.stop_ids, where=lm.ref)
         self._lock = threading.Lock()
 
     @property
@@ -131,6 +147,11 @@ class TorchEngine:
             self._gates_made += 1
             self._gates[key] = GateEntry(key, self._gates_made, gate)
 
+    def remove_gate(self, key: str) -> None:
+        """Forgets a gate; requests in flight behind it end as they began. An unknown key is no error."""
+        with self._lock:
+            self._gates.pop(key, None)
+
     def close(self) -> None:
         """Ends the background loading and drops all experts; the base model stays as it is."""
         self._bank.close()
@@ -158,11 +179,40 @@ class TorchEngine:
         Sampling is not looked at. Raises BadInput for an empty prompt or continuation, beyond the context, and for a
         request with a contrast, which has no probabilities of its own.
         """
-        for request in requests:
-            if request.contrast is not None:
-                raise BadInput("a contrast cannot be scored", where=f"request {request.id}")
-        asked = [self._asked(r.experts, r.gate, r.gate_bias, where=f"request {r.id}") for r in requests]
+        asked = self._all_asked(requests)
         return continuation_logprobs(self._passes, self._bank, requests, asked, continuations, self.max_batch)
+
+    def prompt_logprobs(self, requests: Sequence[EngineRequest], alternatives: int = 0) -> list[list[TokenLogprob]]:
+        """Of each request's prompt, every token but the first with its log-probability given those before it.
+
+        Under the request's experts and gate, with the `alternatives` likeliest tokens at each place. Sampling is not
+        looked at. Memory of the logits is bounded, whatever the prompts' lengths. Raises BadInput for an empty prompt,
+        beyond the context, for a negative `alternatives`, and for a request with a contrast.
+        """
+        if alternatives < 0:
+            raise BadInput(f"alternatives is {alternatives}; the least is 0")
+        asked = self._all_asked(requests)
+        return prompt_logprobs(self._passes, self._bank, requests, asked, alternatives, self.max_batch)
+
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Floats:
+        """float32 [n, d], rows of length 1: the mean of the base's last hidden states over each prompt's tokens.
+
+        The base alone, without experts, as the embedder `lm` before it takes off a pool's mean. Batches of up to
+        `EMBED_TOKENS` tokens, between which other passes may come. Raises BadInput for an empty prompt and beyond the
+        context.
+        """
+        for place, prompt in enumerate(prompts):
+            self._passes.check_prompt(prompt, where=f"prompt {place}", room=0)
+        return mean_pooled(
+            prompts,
+            self._passes.states,
+            dimensions=self.lm.model.config.get_text_config().hidden_size,
+            pad=0,
+            device=self.lm.device,
+            progress=SILENT,
+            title="embedding",
+            tokens_per_batch=EMBED_TOKENS,
+        )
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,6 +235,7 @@ class TorchEngine:
             decoder,
             Chooser(request.sampling, request.prompt_ids),
             ReplyText(self.lm.tokenizer, request.sampling.stop),
+            self._grammars.guide(request.constraint, where=where) if request.constraint is not None else None,
         )
         chain = self._passes.prefixes.chain
         made.lanes = tuple(
@@ -192,6 +243,13 @@ class TorchEngine:
         )
         self._bank.fits(made.handles)
         return made
+
+    def _all_asked(self, requests: Sequence[EngineRequest]) -> list[Asked]:
+        """For scoring; raises BadInput for a contrast, which has no probabilities of its own."""
+        for request in requests:
+            if request.contrast is not None:
+                raise BadInput("a contrast cannot be scored", where=f"request {request.id}")
+        return [self._asked(r.experts, r.gate, r.gate_bias, where=f"request {r.id}") for r in requests]
 
     def _asked(self, experts: WeightedExperts, gate: str | None, bias: WeightedExperts, *, where: str) -> Asked:
         """Weights of a repeated key added up, those of weight zero left out. `bias` may name the experts alone."""

@@ -30,11 +30,11 @@ from xpert.experts.engines._vllm_adapters import (
     write_set,
 )
 from xpert.experts.engines._vllm_backend import Ask, Backend, Served
-from xpert.experts.engines._vllm_sampling import check_request, sampling_fields, scoring_fields
+from xpert.experts.engines._vllm_sampling import check_request, constraint_fields, sampling_fields, scoring_fields
 from xpert.experts.engines._vllm_session import Prepared, VllmSession, with_adapter
 from xpert.experts.engines._vllm_store import AdapterStore, AdapterUse
 from xpert.progress import SILENT, Progress
-from xpert.protocols import EngineRequest, Piece, WeightedExperts
+from xpert.protocols import EngineRequest, Floats, Piece, TokenLogprob, WeightedExperts
 from xpert.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -199,6 +199,19 @@ class VllmEngine:
         with ThreadPoolExecutor(self.max_batch, thread_name_prefix="xpert-vllm-score") as pool:
             return list(pool.map(lambda ask: self._score(*ask), asks))
 
+    def prompt_logprobs(self, requests: Sequence[EngineRequest], alternatives: int = 0) -> list[list[TokenLogprob]]:
+        """Always raises BadInput: vLLM's own are wrong where an adapter changes lm_head (see `scoring_fields`)."""
+        del requests, alternatives
+        raise BadInput(
+            "log-probabilities of prompts cannot be had of vLLM with adapters (vllm-project/vllm#51594)",
+            hint="use the torch-lora engine",
+        )
+
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Floats:
+        """Always raises BadInput: a vLLM that generates does not embed."""
+        del prompts
+        raise BadInput("a vLLM that generates does not embed", hint="use the torch-lora engine")
+
     def close(self) -> None:
         """Makes the vLLM forget the adapters, and ends it where it runs in this process."""
         if not self._closed:
@@ -223,7 +236,7 @@ class VllmEngine:
         check_request(request, max_logprobs=self.options.max_logprobs, where=where)
         self._check_prompt(request.prompt_ids, where=where)
         room = self.context - len(request.prompt_ids)
-        fields = sampling_fields(request.sampling, self.lm.stop_ids, room=room)
+        fields = sampling_fields(request.sampling, self.lm.stop_ids, room=room) | constraint_fields(request.constraint)
         return Prepared(request, self._resolve(request.experts, where=where), fields)
 
     def _check_prompt(self, prompt: Sequence[int], *, where: str, room: int = 1) -> None:

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from xpert.errors import Unavailable, XpertError
+from xpert.errors import Unavailable
 from xpert.protocols import EngineRequest, Piece
 
-__all__ = ["EngineLoop", "Sink"]
+__all__ = ["Delivery", "EngineLoop", "Sink"]
 
 log = logging.getLogger("xpert.server")
 
 Sink = Callable[[Piece | Exception], None]
-"""Hears the pieces of one request, in order, on the engine's thread; an exception is the last it hears."""
+"""Hears the pieces of one request, in order; an exception is the last it hears."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one step said, and to whom; `began` is when the step did, by `time.monotonic`."""
+
+    began: float
+    heard: Sequence[tuple[Sink, Piece | Exception]]
 
 
 class EngineLoop:
-    """The engine's thread. `submit` and `cancel` may be called from any thread and return at once."""
+    """The engine's thread. `submit` and `cancel` may be called from any thread.
 
-    def __init__(self, engine: Any) -> None:
+    `deliver` is called on the engine's thread, once a step with all that the step said: to wake an event loop once a
+    step costs a fraction of waking it for every token. By default the sinks are called right there.
+    """
+
+    def __init__(self, engine: Any, deliver: Callable[[Delivery], None] | None = None) -> None:
         self._engine = engine
+        self._deliver = deliver or _call_sinks
         self._session = engine.session()
-        self._inbox: queue.SimpleQueue[tuple[str, EngineRequest | str | None, Sink | None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards session, sinks and closed
         self._sinks: dict[str, Sink] = {}
         self._closed = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xpert-engine", daemon=True)
         self._thread.start()
 
@@ -38,70 +53,99 @@ class EngineLoop:
     @property
     def active(self) -> int:
         """Requests in the batch or waiting for it."""
-        return len(self._sinks) + self._inbox.qsize()
+        return len(self._sinks)
+
+    @property
+    def running(self) -> int:
+        """Rows in the batch. An engine whose session does not say counts all its requests."""
+        return int(getattr(self._session, "running", self.active))
 
     def submit(self, request: EngineRequest, sink: Sink) -> None:
-        if not self.alive:
-            raise Unavailable("the server is shutting down")
-        self._inbox.put(("submit", request, sink))
+        """Hands the request to the engine, on the caller's thread: what it refuses is raised here.
+
+        Raises Unavailable once the loop is closed. A request whose constraint has to be compiled takes its time.
+        """
+        while True:
+            with self._lock:
+                if self._closed or not self._thread.is_alive():
+                    raise Unavailable("the server is shutting down")
+                session = self._session
+                self._sinks[request.id] = sink
+            try:
+                session.submit(request)
+            except BaseException:
+                with self._lock:
+                    self._sinks.pop(request.id, None)
+                raise
+            with self._lock:
+                if self._session is session or request.id not in self._sinks:
+                    break  # taken; or it was told already that its session failed
+        self._wake.set()
 
     def cancel(self, request_id: str) -> None:
         """Frees the request's place in the batch; its sink hears nothing more."""
-        self._inbox.put(("cancel", request_id, None))
+        with self._lock:
+            known = self._sinks.pop(request_id, None) is not None
+            session = self._session
+        if known:
+            session.cancel(request_id)
+            self._wake.set()
 
     def close(self) -> None:
         """Ends the thread; what still runs hears Unavailable."""
-        self._closed = True
-        self._inbox.put(("close", None, None))
+        with self._lock:
+            self._closed = True
+        self._wake.set()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
-            while not self._sinks or not self._inbox.empty():
-                if not self._take(*self._inbox.get()):
-                    self._fail(Unavailable("the server is shutting down"))
-                    self._session.close()
-                    return
-            self._step()
-
-    def _take(self, what: str, subject: EngineRequest | str | None, sink: Sink | None) -> bool:
-        """Handles one message; False ends the thread."""
-        if isinstance(subject, EngineRequest):
-            assert sink is not None
-            try:
-                self._session.submit(subject)
-                self._sinks[subject.id] = sink
-            except XpertError as error:
-                sink(error)
-            except Exception as error:
-                log.exception("the engine failed to take a request")
-                sink(error)
-        elif isinstance(subject, str) and self._sinks.pop(subject, None) is not None:
-            self._session.cancel(subject)
-        return what != "close"
+            self._wake.clear()
+            if self._closed:
+                self._fail(Unavailable("the server is shutting down"))
+                self._session.close()
+                return
+            if self._session.idle:
+                self._wake.wait()
+            else:
+                self._step()
 
     def _step(self) -> None:
+        began = time.monotonic()
         try:
             pieces = self._session.step()
+            failures = self._session.failures()
         except Exception as error:
             # A step that broke leaves the batch in no known state: all its requests fail, and a new one begins.
             log.exception("a step of the engine failed")
+            broken = self._session
+            with self._lock:
+                self._session = self._engine.session()
             self._fail(error)
-            self._session.close()
-            self._session = self._engine.session()
+            broken.close()
             return
-        for piece in pieces:
-            sink = self._sinks.get(piece.request_id)
-            if piece.finished is not None:
-                self._sinks.pop(piece.request_id, None)
-            if sink is not None:
-                sink(piece)
-        for request_id, failure in self._session.failures():
-            failed = self._sinks.pop(request_id, None)
-            if failed is not None:
-                failed(failure)
+        heard: list[tuple[Sink, Piece | Exception]] = []
+        with self._lock:
+            for piece in pieces:
+                sink = self._sinks.get(piece.request_id)
+                if piece.finished is not None:
+                    self._sinks.pop(piece.request_id, None)
+                if sink is not None:
+                    heard.append((sink, piece))
+            for request_id, failure in failures:
+                failed = self._sinks.pop(request_id, None)
+                if failed is not None:
+                    heard.append((failed, failure))
+        if heard:
+            self._deliver(Delivery(began, heard))
 
     def _fail(self, error: Exception) -> None:
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink(error)
+        with self._lock:
+            sinks, self._sinks = self._sinks, {}
+        if sinks:
+            self._deliver(Delivery(time.monotonic(), [(sink, error) for sink in sinks.values()]))
+
+
+def _call_sinks(said: Delivery) -> None:
+    for sink, item in said.heard:
+        sink(item)

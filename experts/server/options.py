@@ -16,13 +16,15 @@ class ServeOptions(Config):
     max_queue: int = option(64, "requests that may wait for a place; beyond, 429 with Retry-After", minimum=0)
     deadline: float = option(600.0, "seconds a request may take, its time in the queue included", minimum=0.1)
     max_body: int = option(8 << 20, "bytes of a request's body; beyond, 413", minimum=1024)
-    max_n: int = option(16, "replies that one request may ask for by `n`, or prompts it may bring", minimum=1)
+    max_n: int = option(64, "replies that one request may ask for: prompts times `n`", minimum=1)
+    overrides: bool = option(True, "whether a request may choose router and aggregator, as in `NAME:router=skills,k=3`")
     grace: float = option(30.0, "seconds that running answers get once the server is told to stop", minimum=0)
     follow: str = option(
         "name",
         "what is served anew without a restart: name: the newest version of what was named without one, and a changed "
-        "file; experts: also the newest version of each expert; none: nothing",
-        choices=("name", "experts", "none"),
+        "file; experts: also the newest version of each expert; all: also every other expert of the base in the "
+        "registry; none: nothing",
+        choices=("name", "experts", "all", "none"),
     )
     watch: float = option(5.0, "seconds between two looks at the registry", minimum=0.1)
     api_keys: Path | None = option(None, "file of hashed API keys and their limits, made by `xpert keys`")

@@ -60,7 +60,7 @@ class Datainf:
     """
 
     Options: ClassVar[type[Config]] = DatainfOptions
-    needs: ClassVar[frozenset[str]] = frozenset({"shots", "base"})
+    needs: ClassVar[frozenset[str]] = frozenset({"shots", "answers", "base"})
     cost: ClassVar[str] = "two forward and backward passes of the base per row inverted, kept; then one per row scored"
     source: ClassVar[str] = "DataInf: Kwon et al. 2024, arXiv:2310.00902"
 
@@ -69,7 +69,7 @@ class Datainf:
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         options, base, limit = self.options, features.base(), features.options.max_length
-        given = needs_shots("datainf", shots)
+        given = needs_shots("datainf", shots, answers=True)
         names, groups = shot_groups(given, options.group)
         pool, folder = features.pool, kept_folder(features.folder, self)
         where: dict[str, Any] = {"device": features.device, "progress": features.progress}

@@ -59,18 +59,21 @@ class DSIR:
     """
 
     Options: ClassVar[type[Config]] = DSIROptions
-    needs: ClassVar[frozenset[str]] = frozenset({"shots"})
+    needs: frozenset[str] = frozenset({"shots", "answers"})
     cost: ClassVar[str] = "one pass over the pool's words (a million in some seconds), memory 4 bytes an n-gram"
     source: ClassVar[str] = "Data Selection for Language Models via Importance Resampling, arXiv:2302.03169"
 
     def __init__(self, options: DSIROptions) -> None:
         self.options = options
+        if options.text == "prompt":
+            self.needs = self.needs - {"answers"}
         self._weights: Doubles = np.empty(0)
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         buckets = NgramBuckets(self.options.buckets)
         target = np.zeros(self.options.buckets) + self.options.pseudo_count
-        for part, _ in buckets.read(self._text(row.prompt, row.response) for row in needs_shots("dsir", shots)):
+        given = needs_shots("dsir", shots, answers="answers" in self.needs)
+        for part, _ in buckets.read(self._text(row.prompt, row.response) for row in given):
             target += np.bincount(part, minlength=self.options.buckets)
         texts = map(self._text, features.pool.prompts(), features.pool.responses())
         read = [(part.astype(np.uint32), sizes) for part, sizes in buckets.read(texts)]

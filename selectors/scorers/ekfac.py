@@ -65,7 +65,7 @@ class Ekfac:
     """
 
     Options: ClassVar[type[Config]] = EkfacOptions
-    needs: ClassVar[frozenset[str]] = frozenset({"shots", "base"})
+    needs: ClassVar[frozenset[str]] = frozenset({"shots", "answers", "base"})
     cost: ClassVar[str] = (
         "two forward and backward passes per row the curvature is measured on, kept; then one per row scored"
     )
@@ -78,7 +78,7 @@ class Ekfac:
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         options, base, limit = self.options, features.base(), features.options.max_length
-        given = needs_shots("ekfac", shots)
+        given = needs_shots("ekfac", shots, answers=True)
         names, groups = shot_groups(given, options.group)
         settings = CurvatureOptions(options.layers, options.labels, options.damp, limit, features.seed)
         count = min(options.factor_rows, len(features.pool))

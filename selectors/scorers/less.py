@@ -71,7 +71,7 @@ class Less:
     """
 
     Options: ClassVar[type[Config]] = LessOptions
-    needs: ClassVar[frozenset[str]] = frozenset({"shots", "base"})
+    needs: ClassVar[frozenset[str]] = frozenset({"shots", "answers", "base"})
     cost: ClassVar[str] = "a warm-up training, then a forward and a backward pass of the base per row and checkpoint"
     source: ClassVar[str] = "LESS: Xia et al. 2024, arXiv:2402.04333"
 
@@ -81,7 +81,7 @@ class Less:
 
     def prepare(self, features: Features, shots: Shots | None, rng: np.random.Generator) -> None:
         options = self.options
-        given = needs_shots("less", shots)
+        given = needs_shots("less", shots, answers=True)
         self._features = features
         self._names, groups = shot_groups(given, options.group)
         found = warmed_up(features, options, kept_folder(features.folder, self))

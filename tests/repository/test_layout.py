@@ -173,6 +173,7 @@ def test_every_imported_package_is_declared() -> None:
         *project["optional-dependencies"]["judge"],
         *project["optional-dependencies"]["sign"],
         *project["optional-dependencies"]["vllm"],
+        *project["optional-dependencies"]["otel"],
     ]
     lines += (ROOT / "demo-packages.txt").read_text(encoding="utf-8").split()
     declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in lines}

@@ -83,7 +83,7 @@ def test_without_a_base_it_is_said(name: str, run: Callable[..., Selection]) -> 
 @every_reader
 def test_what_a_method_says_of_itself(name: str) -> None:
     plugin = plugins.load("selector", name)
-    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", "base", "judge"}
+    assert plugin.needs <= {"shots", "answers", "embeddings", "clusters", "lengths", "base", "judge"}
     assert plugin.cost
     assert plugin.source
 

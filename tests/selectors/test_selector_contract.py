@@ -218,7 +218,7 @@ def test_a_budget_that_does_not_fit_is_refused(name: str, params: dict[str, Any]
 def test_what_a_method_needs_is_said(name: str, params: dict[str, Any]) -> None:
     plugin = plugins.load("selector", name)
     # With a scorer as a parameter, a method that reads rows with a model by default may do without.
-    assert plugin.needs <= {"shots", "embeddings", "clusters", "lengths", *({"base"} if params else set())}
+    assert plugin.needs <= {"shots", "answers", "embeddings", "clusters", "lengths", *({"base"} if params else set())}
     assert plugin.cost
     assert plugin.source
     asked: set[str] = set()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +12,18 @@ from tests.chromium import Browser
 from tests.chromium import browser as browser
 from tests.chromium import chromium as chromium
 from tests.serving.page_front import PREFIX, Front, ServedPage, sse
+from xpert.experts.mixture import Mixture
+from xpert.experts.server.app import create_app
+from xpert.experts.server.generations import Generations
+from xpert.experts.server.options import ServeOptions
+from xpert.experts.serving import MixtureRunner
 
 CASING = "Write the word in capitals.\n\nbaba (case 3 tite)"
 SUM = "Add the two numbers.\n\n3 + 4"
 EVIL = "</b><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
 SCORES: dict[str, dict[str, Any]] = {
     "me/casing": {"scores": {"casing": {"expert": 0.9, "base": 0.25}, "sums": {"expert": 0.1, "base": 0.2}}},
-    "me/sums": {"scores": {"sums": {"expert": 0.755, "base": 0.2}}, "version": "@3"},
+    "me/sums": {"scores": {"sums": {"expert": 0.755, "base": 0.2, "metric": "exact"}}, "ref": "me/sums@3"},
 }
 LOAD: dict[str, Any] = {
     "running": 1,
@@ -29,35 +33,18 @@ LOAD: dict[str, Any] = {
     "requests": 1204,
     "tokens_per_second": 41.26,
     "generations": 1,
+    "generation": 1,
     "experts": {"me/sums": 1, "me/casing": 0},
     "started": 1_700_000_000,
 }
 
 
 @pytest.fixture(scope="module")
-def served(tiny_base: Path, make_adapter: Callable[..., Path], tmp_path_factory: Any) -> Iterator[ServedPage]:
-    from xpert.experts.mixture import assemble, open_expert
-    from xpert.experts.server.app import create_app
-    from xpert.experts.serving import MixtureRunner
-    from xpert.language_model import model_fingerprint
-    from xpert.registry.card import BaseModel, ExpertCard
-
-    base = BaseModel(str(tiny_base), model_fingerprint(str(tiny_base)), "llama")
-    texts = {"casing": "Write the word in capitals.\n\n{} (case {} tite)", "sums": "Add the two numbers.\n\n{} + {}"}
-    experts = []
-    for seed, (skill, text) in enumerate(texts.items(), 1):
-        folder = make_adapter(seed=seed)
-        lines = [{"prompt": text.format(7 * i + 3, i), "skill": skill, "kind": "shot"} for i in range(12)]
-        (folder / "exemplars.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        card = ExpertCard(base=base, adapter={}, name=f"me/{skill}", description=f"does {skill}", skills=(skill,))
-        card.write(folder)
-        experts.append(open_expert(folder))
-    mixture = assemble(experts, router="centroid", router_params={"reject": 0.0}, name="pair")
-    runner = MixtureRunner.open(mixture, max_batch=4)
-    served = ServedPage(create_app(runner))
+def served(pair: Mixture) -> Iterator[ServedPage]:
+    runner = MixtureRunner.open(pair, max_batch=4)
+    served = ServedPage(create_app(Generations(pair, runner.lm, runner.engine), ServeOptions(max_batch=4)))
     yield served
     served.close()
-    runner.close()
 
 
 @pytest.fixture
@@ -131,6 +118,7 @@ def test_a_conversation_by_keyboard(page: Browser, served: ServedPage, front: Fr
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "xpert": {"explain": True},
     }
     first = text(page, ".turn .reply")
     facts = page.js("[...document.querySelectorAll('.facts span')].map(s => s.textContent)")
@@ -171,6 +159,14 @@ def test_the_page_shows_what_the_server_answers(page: Browser, served: ServedPag
         assert "cut at the most tokens" in text(page, ".facts")
 
 
+def test_json_mode_and_another_router_are_understood_by_the_server(page: Browser) -> None:
+    fill(page, options="router=fixed", json=True, max_tokens="16")
+    talk(page, SUM)
+    assert text(page, ".turn .bad") == "" and text(page, ".turn .reply").lstrip().startswith("{")
+    assert text(page, "#asked") == "pair:router=fixed" and text(page, "#reason") != ""
+    assert page.js("document.querySelectorAll('#chosen b').length") == 2  # router fixed: both experts
+
+
 def test_the_route_shows_while_one_types(page: Browser, front: Front) -> None:
     for part in ("Write the word ", "in capitals.", "\n\nbaba (case 3 tite)"):
         page.type(part)
@@ -179,7 +175,7 @@ def test_the_route_shows_while_one_types(page: Browser, front: Front) -> None:
     assert "would go" in text(page, "#route-of") and "me/casing" in text(page, "#chosen")
     page.key("Enter", control=True)
     page.wait("document.querySelector('.facts button')")
-    assert len(front.bodies("/v1/route")) == 1  # what was just asked is not asked again
+    assert len(front.bodies("/v1/route")) == 1  # the answer itself tells of its route
 
 
 def test_the_route_is_shown_when_asked_for_alone(
@@ -243,7 +239,7 @@ def test_it_works_behind_a_prefix(page: Browser, served: ServedPage, front: Fron
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"options": "router=nonsense"}, "router=nonsense"),
+        ({"options": "router=nonsense"}, "unknown router 'nonsense'"),
         ({"model": "base", "stop_texts": "\n".join("abcdefghijklmnopq")}, "stop takes at most 16 texts"),
     ],
 )
@@ -300,6 +296,7 @@ def test_options_and_settings_are_sent_as_they_stand(page: Browser, front: Front
         "response_format": {"type": "json_object"},
         "stream": True,
         "stream_options": {"include_usage": True},
+        "xpert": {"explain": True},
     }
     assert "an empty answer" in text(page, ".facts")
     fill(page, model="me/sums")
@@ -352,8 +349,13 @@ def test_everything_a_route_can_say(page: Browser, front: Front) -> None:
         {"experts": ["me/sums"], "weight": 2.0, "answer": "7", "text": "It is 7."},
         {"experts": [], "weight": 1.0, "answer": "", "text": EVIL},
     ]
-    aggregated = {"by": "majority", "reason": "1 of 2 replies agree", "log": {"share": 2 / 3, "votes": votes}}
-    told: dict[str, Any] = {"experts": [{"expert": "me/sums", "weight": 1}], "aggregated": aggregated}
+    told: dict[str, Any] = {
+        **route,
+        "answered_by": [{"expert": "me/sums", "weight": 1}],
+        "reason": "likely; 1 of 2 replies agree",
+        "stage": 1,
+        "aggregated": {"share": 2 / 3, "votes": votes},
+    }
     header = {"x-xpert-experts": "me/sums=0.75,me/casing=0.25"}
     front.answers["/v1/chat/completions"] = (sse({"choices": [], "xpert": told}), header)
     talk(page, "y")
@@ -361,25 +363,17 @@ def test_everything_a_route_can_say(page: Browser, front: Front) -> None:
     rows = page.js("[...document.querySelectorAll('.votes tr')].map(r => [...r.cells].map(c => c.textContent))")
     assert rows == [["Of", "Weight", "Reply"], ["me/sums", "2.000", "7 It is 7."], ["the base", "1.000", EVIL]]
     assert text(page, ".votes caption") == "2 votes" and text(page, "#chosen") == "me/sums1.00"
-    assert "by majority: 1 of 2 replies agree" in text(page, "#route-facts")
+    assert "67 % of the votes" in text(page, "#route-facts") and "1 of 2 replies" in text(page, "#reason")
+    assert page.js("document.querySelectorAll('.candidates .chosen').length") == 2  # those that were asked
     assert text(page, ".turn:last-child .facts span") == "me/sums"
 
     replies = [{"expert": "me/sums", "text": "seven", "mean_logprob": -0.5}]
-    told = {"stage": 2, "confidence": 0.31, "aggregated": {"by": "best-of", "log": {"replies": replies}}}
+    told = {"stage": 2, "confidence": 0.31, "aggregated": {"replies": replies}}
     front.answers["/v1/chat/completions"] = (sse({"choices": [], "xpert": told}), header)
     talk(page, "z")
     page.wait("document.querySelector('.votes caption')?.textContent === '1 reply'")
     assert text(page, ".votes tbody tr") == "me/sums−0.500seven"
     assert "0.31, so it was answered anew" in text(page, "#route-facts")
-
-
-def test_a_route_that_changed_since_is_told(page: Browser, front: Front) -> None:
-    front.answers["/v1/chat/completions"] = (sse(), {"x-xpert-experts": "me/sums=1"})
-    front.answers["/v1/route"] = ({"experts": [], "candidates": [], "reason": "none fits"}, {})
-    talk(page, "x")
-    page.wait("document.querySelector('#reason').textContent === 'none fits'")
-    assert "the route now goes to the base" in text(page, "#route-facts")
-    assert text(page, "#chosen") == "me/sums1.00"  # who answered is what the answer's header says
 
 
 def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Browser, served: ServedPage, front: Front) -> None:
@@ -453,7 +447,7 @@ def test_the_heat_map(page: Browser, served: ServedPage, front: Front) -> None:
 
 def test_experts_without_scores_are_listed(page: Browser) -> None:
     rows = page.js("[...document.querySelectorAll('.heat tbody tr')].map(r => r.textContent)")
-    assert len(rows) == 3 and "does sums" in rows[2]
+    assert len(rows) == 3 and "for sums" in rows[2]
     page.js("document.querySelectorAll('.use')[0].click()")
     assert page.js("document.querySelector('#model').value") == "base"
 
@@ -468,7 +462,7 @@ def test_the_load_is_watched_only_while_it_is_seen(
     assert figures == ["1 of 4", "2 of 64", "41.3", "1,204", "1"]
     assert text(page, "#busy") == "me/sums 1" and text(page, "#load-since").startswith("up ")
     front.told = SCORES
-    front.answers["/v1/load"] = (LOAD | {"running": 3, "generations": 2}, {})
+    front.answers["/v1/load"] = (LOAD | {"running": 3, "generation": 2}, {})
     page.wait("document.querySelector('#figures dd').textContent === '3 of 4'")
     page.wait("document.querySelectorAll('.heat td').length === 6")  # a new generation: the experts are asked for anew
     length = "document.querySelector('#spark .running').getAttribute('points').split(' ').length"
@@ -500,7 +494,7 @@ def test_a_server_that_does_not_tell_its_load_is_asked_once(
 
 def test_what_strangers_wrote_does_nothing(page: Browser, served: ServedPage, front: Front) -> None:
     front.told = {
-        "me/sums": {"about": EVIL, "version": EVIL, "scores": {EVIL: {"expert": 0.5, "base": 0.1}}, "skills": [EVIL]},
+        "me/sums": {"about": EVIL, "ref": EVIL, "scores": {EVIL: {"expert": 0.5, "base": 0.1}}, "skills": [EVIL]},
         "pair": {"router": EVIL},
         "base": {"ref": EVIL},
     }
@@ -509,7 +503,7 @@ def test_what_strangers_wrote_does_nothing(page: Browser, served: ServedPage, fr
         "candidates": [{"expert": EVIL, "score": 1}],
         "reason": EVIL,
     }
-    answer = {"choices": [{"delta": {"content": EVIL}}]}
+    answer = {"choices": [{"delta": {"content": EVIL}}], "xpert": route}
     front.answers = {
         "/v1/route": (route, {}),
         "/v1/load": (LOAD | {"experts": {EVIL: 1}}, {}),

@@ -68,6 +68,9 @@ COMPLETION: dict[str, Callable[[Any], bool]] = {
     "stop_token_ids": listed(whole(0)),
     "logprobs": whole(0, MAX_LOGPROBS),
     "logprob_token_ids": listed(whole(0)),
+    "structured_outputs": lambda value: (
+        [{"json": text, "regex": text, "choice": listed(text)}[name](given) for name, given in value.items()] == [True]
+    ),
     "stream": yes,
     "return_token_ids": yes,
     "return_tokens_as_token_ids": yes,

@@ -8,7 +8,7 @@ import sys
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,23 @@ from xpert.errors import BadInput, Unavailable
 from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.experts.engines.vllm_engine import VllmEngine, VllmOptions
 from xpert.language_model import LanguageModel
-from xpert.protocols import EngineRequest
+from xpert.protocols import Constraint, EngineRequest
 
 
 class RequestOutputKind(enum.Enum):
     CUMULATIVE = 0
     DELTA = 1
+
+
+@dataclass
+class StructuredOutputsParams:
+    json: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.json, self.regex, self.choice)) != 1:
+            raise ValueError("exactly one constraint must be given")
 
 
 @dataclass
@@ -41,6 +52,7 @@ class SamplingParams:
     stop_token_ids: list[int] = field(default_factory=list)
     logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -89,6 +101,7 @@ class AsyncLLM:
         engine.loras: dict[int, LoRARequest] = {}
         engine.aborted: list[str] = []
         engine.ids: list[str] = []
+        engine.constraints: list[StructuredOutputsParams | None] = []
         engine.down = False
         cls.made.append(engine)
         return engine
@@ -112,6 +125,7 @@ class AsyncLLM:
     ) -> AsyncIterator[Any]:
         assert set(prompt) == {"prompt_token_ids"} and request_id not in self.ids
         self.ids.append(request_id)
+        self.constraints.append(params.structured_outputs)
         if self.down:
             raise RuntimeError("EngineDeadError")
         body: dict[str, Any] = {
@@ -146,7 +160,10 @@ def vllm(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> Iterator[type[AsyncL
         "vllm": {"AsyncEngineArgs": AsyncEngineArgs, "SamplingParams": SamplingParams},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
-        "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind},
+        "vllm.sampling_params": {
+            "RequestOutputKind": RequestOutputKind,
+            "StructuredOutputsParams": StructuredOutputsParams,
+        },
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.async_llm": {"AsyncLLM": AsyncLLM},
@@ -195,6 +212,20 @@ def test_how_it_is_started_and_ended(
     assert request.lora_name.startswith("xpert-") and Path(request.lora_path).name in request.lora_name
     local.close()
     assert engine.down and not engine.loras
+
+
+def test_constraints_become_structured_outputs(
+    local: VllmEngine, vllm: type[AsyncLLM], ask: Callable[..., EngineRequest]
+) -> None:
+    given = [None, Constraint("regex", "a+"), Constraint("choice", '["a", "b"]'), Constraint("json")]
+    for constraint in given:
+        list(local.generate([replace(ask("r", "x"), constraint=constraint)]))
+    assert vllm.made[0].constraints == [
+        None,
+        StructuredOutputsParams(regex="a+"),
+        StructuredOutputsParams(choice=["a", "b"]),
+        StructuredOutputsParams(json='{"type": "object"}'),
+    ]
 
 
 def test_cancelling_aborts_there(

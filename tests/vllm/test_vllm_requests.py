@@ -14,7 +14,7 @@ from xpert.errors import BadInput, Corrupt, NotFound, Unavailable, XpertError
 from xpert.experts.engines._vllm_sampling import sampling_fields, scoring_fields
 from xpert.experts.engines.vllm_engine import VllmEngine, VllmOptions
 from xpert.language_model import LanguageModel
-from xpert.protocols import Contrast, EngineRequest, Sampling
+from xpert.protocols import Constraint, Contrast, EngineRequest, Sampling
 
 NEUTRAL = {
     "max_tokens": 256,
@@ -75,6 +75,9 @@ def test_all_sampling_at_once_passes_the_servers_checks(
         ({"gate": "arrow"}, "token gate 'arrow' cannot run on it. Use the torch-lora engine"),
         ({"gate_bias": (("a", 1.0),)}, "token gate"),
         ({"contrast": Contrast("contrast")}, "contrast decoding (contrast) cannot run on it"),
+        ({"constraint": Constraint("lark", 'start: "a"')}, "a lark grammar cannot run on it. Use the torch-lora"),
+        ({"constraint": Constraint("choice", "[]")}, "there are no choices"),
+        ({"constraint": Constraint("xml", "")}, "unknown constraint 'xml'"),
         ({"prompt_ids": ()}, "the prompt is empty"),
         ({"prompt_ids": (10**6,)}, "a token outside"),
         ({"prompt_ids": (5,) * 512}, "the context of vLLM holds 512"),
@@ -97,6 +100,30 @@ def test_mistakes_are_refused_by_name_and_never_sent(
         list(engine.generate([replace(ask("r", "x", (("a", 1.0),)), **change)]))
     assert says in str(caught.value)
     assert not stand_in.bodies("/v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "sent"),
+    [
+        (Constraint("json"), {"json": '{"type": "object"}'}),
+        (Constraint("json_schema", '{"type": "integer"}'), {"json": '{"type": "integer"}'}),
+        (Constraint("regex", "a+"), {"regex": "a+"}),
+        (Constraint("choice", '["yes", "no"]'), {"choice": ["yes", "no"]}),
+    ],
+)
+def test_constraints_are_sent(
+    engine: VllmEngine, stand_in: Any, ask: Callable[..., EngineRequest], constraint: Constraint, sent: dict[str, Any]
+) -> None:
+    list(engine.generate([replace(ask("r", "x", max_tokens=2), constraint=constraint), ask("free", "x", max_tokens=1)]))
+    bodies = {len(body.get("structured_outputs", ())): body for body in stand_in.bodies("/v1/completions")}
+    assert bodies[1]["structured_outputs"] == sent and "structured_outputs" not in bodies[0]
+
+
+def test_what_vllm_does_not_tell_is_refused_by_name(engine: VllmEngine, ask: Callable[..., EngineRequest]) -> None:
+    with pytest.raises(BadInput, match=r"prompts cannot be had of vLLM .* Use the torch-lora engine"):
+        engine.prompt_logprobs([ask("r", "x")])
+    with pytest.raises(BadInput, match=r"does not embed\. Use the torch-lora engine"):
+        engine.embed([(5, 6)])
 
 
 def test_a_gate_is_refused(engine: VllmEngine) -> None:

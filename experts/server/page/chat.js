@@ -1,6 +1,6 @@
 // The conversation: what was said, and the answer that is on its way.
 
-import {call, events, expertsOf} from "./api.js";
+import {call, events} from "./api.js";
 import * as composer from "./composer.js";
 import {$, name, node, plural, say} from "./dom.js";
 import * as routes from "./route.js";
@@ -30,7 +30,7 @@ export function clear() {
 }
 
 function opened(prompt, model) {
-  const turn = {prompt, model, number: ++count, text: document.createTextNode(""), header: "", route: null, told: {}, begin: performance.now()};
+  const turn = {prompt, model, number: ++count, text: document.createTextNode(""), header: null, route: {}, begin: performance.now()};
   turn.reply = node("div", {kind: "reply"}, turn.text);
   turn.facts = node("p", {kind: "facts", text: "Answering"});
   $("nothing").hidden = true;
@@ -40,7 +40,7 @@ function opened(prompt, model) {
   return turn;
 }
 
-const showRoute = turn => routes.show(turn.route ?? {}, `Answer ${turn.number}, asked of ${turn.model}`, turn);
+const showRoute = turn => routes.show(turn.route, `Answer ${turn.number}, asked of ${turn.model}`, turn.header);
 
 function written(turn, text) {
   const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
@@ -58,7 +58,7 @@ function closed(turn, how) {
   if (first) facts.push(`first token after ${((first - begin) / 1000).toFixed(2)} s`);
   const button = node("button", {type: "button", text: "Route", "aria-label": `Show the route of answer ${turn.number}`});
   button.addEventListener("click", () => { routes.forget(); showRoute(turn); });
-  const experts = turn.told.experts ?? (turn.header ? expertsOf(turn.header) : null);
+  const experts = turn.header === null ? null : routes.answeredBy(turn.route, turn.header);
   if (how === "done" && !turn.text.data) facts.unshift("an empty answer");
   const from = experts?.length ? experts.flatMap(({expert}, at) => [...(at ? [", "] : []), name(expert)]) : [experts ? "the base" : ""];
   const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
@@ -76,11 +76,11 @@ async function answered(turn, body, signal) {
     if (choice?.delta?.content) written(turn, choice.delta.content);
     if (choice?.finish_reason) turn.finish = choice.finish_reason;
     if (event.usage) turn.usage = event.usage;
-    if (event.xpert) { turn.told = event.xpert; showRoute(turn); }
+    if (event.xpert) { turn.route = event.xpert; showRoute(turn); }
   }
 }
 
-/** Sends the prompt. The route is asked beside the answer, after it: it must not hold up the first token. */
+/** Sends the prompt, and shows the answer as it comes with the route that it tells of itself. */
 export async function send() {
   const asked = routeBody();
   if (!asked || running) return;
@@ -92,11 +92,9 @@ export async function send() {
   $("send").disabled = true;
   $("stop").disabled = false;
   say("Answering");
-  const body = {...asked, ...composer.sampling(), stream: true, stream_options: {include_usage: true}};
+  const body = {...asked, ...composer.sampling(), stream: true, stream_options: {include_usage: true}, xpert: {explain: true}};
   try {
-    const answer = answered(turn, body, control.signal);
-    routes.routeOf(asked, control.signal).then(route => { turn.route = route; if (turn.header) showRoute(turn); }).catch(() => {}); // the header says who answered in any case
-    await answer;
+    await answered(turn, body, control.signal);
     closed(turn, "done");
   } catch (error) {
     failed(turn, error);

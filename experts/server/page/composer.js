@@ -5,13 +5,13 @@ import {$} from "./dom.js";
 const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"];
 const kinds = new Map(); // model id -> mixture, expert or base
 
-/** Puts the models into the selector and keeps the choice where it still is one. */
+/** Puts the models that answer into the selector (an embedder does not) and keeps the choice where it still is one. */
 export function offer(models) {
-  const before = $("model").value;
-  const notes = {mixture: " (routed)", base: " (model alone)"};
+  const before = $("model").value, notes = {mixture: " (routed)", expert: "", base: " (model alone)"};
+  const answering = models.filter(model => model.xpert?.kind in notes);
   kinds.clear();
-  for (const model of models) kinds.set(model.id, model.xpert?.kind);
-  $("model").replaceChildren(...models.map(model => new Option(model.id + (notes[model.xpert?.kind] ?? ""), model.id)));
+  for (const model of answering) kinds.set(model.id, model.xpert.kind);
+  $("model").replaceChildren(...answering.map(model => new Option(model.id + notes[model.xpert.kind], model.id)));
   if (kinds.has(before)) $("model").value = before;
   show();
 }

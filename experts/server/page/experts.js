@@ -30,7 +30,7 @@ function first(model, about, choose) {
   const key = model.id, use = node("button", {type: "button", kind: "use", text: "Use", "data-model": key, "aria-label": `Use ${key} as the model`});
   use.addEventListener("click", () => choose(key));
   const link = model.xpert.kind === "expert" ? node("a", {href: page(key)}, name(key)) : name(key);
-  const version = model.xpert.version === undefined ? [] : [node("span", {kind: "muted", text: ` ${model.xpert.version}`})];
+  const version = (/@\d+$/.exec(model.xpert.ref ?? "") ?? []).map(text => node("span", {kind: "muted", text: ` ${text}`}));
   return node("th", {scope: "row"}, node("div", {kind: "expert"}, node("span", {}, link, ...version), use), ...(about ? [node("p", {kind: "about", text: about})] : []));
 }
 
@@ -54,8 +54,9 @@ export function show(models, choose) {
     const cells = skills.map((skill, column) => {
       const found = scores[skill];
       if (!found || !Number.isFinite(found.expert)) return cell(rows.length, column, undefined);
+      const metric = found.metric ? [["metric", found.metric]] : [];
       const against = Number.isFinite(found.base) ? [["base", score(found.base)], ["gain", `${gain(found.expert - found.base)} hundredths`]] : [];
-      return cell(rows.length, column, found.expert, [expert.id, skill], against);
+      return cell(rows.length, column, found.expert, [expert.id, skill], [...against, ...metric]);
     });
     const unscored = declared.filter(skill => !skills.includes(skill)).join(", ");
     rows.push(node("tr", {}, first(expert, [about, unscored && `for ${unscored}`].filter(Boolean).join(" · "), choose), ...cells));

@@ -33,7 +33,7 @@ function show(load) {
   draw(load.max_batch ?? 0);
   $("figures").replaceChildren(fact("running", of(load.running, load.max_batch)), fact("waiting", of(load.waiting, load.max_queue)),
     fact("tokens/s", load.tokens_per_second.toFixed(load.tokens_per_second < 100 ? 1 : 0)), fact("requests", counted(load.requests)),
-    ...(load.generations === undefined ? [] : [fact("generations", counted(load.generations))]));
+    ...(load.generation === undefined ? [] : [fact("generation", counted(load.generation))]));
   $("load-since").textContent = load.started ? `up ${since(load.started)}` : "";
   const experts = Object.entries(load.experts ?? {}).filter(([, count]) => count).sort((one, other) => other[1] - one[1]);
   $("busy").textContent = experts.length ? experts.map(([key, count]) => `${key} ${count}`).join(" · ") : "no expert is answering";
@@ -46,9 +46,9 @@ async function look(renewed) {
   show(load);
   $("load").hidden = false;
   $("load").classList.remove("stale");
-  if (load.generations !== renewed.at) {
+  if (load.generation !== renewed.at) {
     if (renewed.at !== undefined) renewed.hear();
-    renewed.at = load.generations;
+    renewed.at = load.generation;
   }
 }
 

@@ -26,7 +26,6 @@ async function models() {
   }
   composer.offer(found);
   experts.show(found, choose);
-  routes.renew();
   $("trouble").hidden = true;
 }
 

@@ -9,6 +9,9 @@ let all = false, latest = null;
 
 const named = experts => experts.map(({expert, weight}) => experts.length > 1 ? `${expert} ${weight.toFixed(2)}` : expert).join(", ") || "the base";
 
+/** Who answers, or answered: as the answer says, else its header, else the route. */
+export const answeredBy = (route, header) => route.answered_by ?? (header ? expertsOf(header) : route.experts ?? []);
+
 function bars(candidates, weights) {
   const scores = candidates.map(candidate => candidate.score);
   const low = Math.min(0, ...scores), span = Math.max(0, ...scores) - low || 1;
@@ -49,30 +52,27 @@ function replies(given, what) {
 }
 
 /**
- * Shows a route as `POST /v1/route` gives it. `of` says whose route it is; `header` is x-xpert-experts of an answer;
- * `told` is what the answer itself said in its field `xpert`: experts, reason, aggregated, stage, confidence.
+ * Shows a route as `POST /v1/route` gives it, or an answer's field `xpert`, which also says how it was answered:
+ * answered_by, stage, confidence, aggregated. `of` says whose it is; `header` is the answer's x-xpert-experts.
  */
-export function show(route, of, {header = "", told = {}} = {}) {
-  latest = [route, of, {header, told}];
-  const {aggregated = {}} = told, log = aggregated.log ?? {};
-  const experts = told.experts ?? (header ? expertsOf(header) : route.experts ?? []);
+export function show(route, of, header = "") {
+  latest = [route, of, header];
+  const experts = answeredBy(route, header), log = route.aggregated ?? {};
   const chips = experts.map(({expert, weight}) => node("li", {kind: "chip"}, name(expert), node("b", {text: weight.toFixed(2)})));
   $("route-of").textContent = of;
   $("chosen").replaceChildren(...(chips.length ? chips : [node("li", {kind: "chip", text: "the base alone"})]));
-  $("reason").textContent = told.reason ?? route.reason ?? "";
+  $("reason").textContent = route.reason ?? "";
   $("reason").className = "";
   const facts = [], add = (term, ...description) => facts.push(fact(term, ...description));
   if (Number.isFinite(route.chance)) add("Chance", `${(100 * route.chance).toFixed(0)} %`);
   if (route.escalation) add("If unsure", `under a confidence of ${route.escalation.below}, ${named(route.escalation.experts)} answers`);
-  if (Number.isFinite(told.confidence)) add("Confidence", `${told.confidence.toFixed(2)}${told.stage > 1 ? ", so it was answered anew" : ""}`);
-  if (aggregated.by) add("Aggregated", `by ${aggregated.by}: ${aggregated.reason ?? ""}`);
+  if (Number.isFinite(route.confidence)) add("Confidence", `${route.confidence.toFixed(2)}${route.stage > 1 ? ", so it was answered anew" : ""}`);
+  if (Number.isFinite(log.share)) add("Agreed", `${(100 * log.share).toFixed(0)} % of the votes`);
   if (header) add("Header", node("code", {text: `x-xpert-experts: ${header}`}));
-  const keys = list => list.map(one => one.expert).sort().join();
-  if (header && route.experts && !told.experts && keys(route.experts) !== keys(experts)) add("Asked again", `the route now goes to ${named(route.experts)}`);
   $("route-facts").replaceChildren(...facts);
   $("votes").replaceChildren(...(log.votes?.length ? [replies(log.votes, "vote")] : log.replies?.length ? [replies(log.replies, "reply")] : []));
-  const candidates = route.candidates ?? [];
-  $("candidates").replaceChildren(...(candidates.length ? bars(candidates, new Map(experts.map(one => [one.expert, one.weight]))) : []));
+  const candidates = route.candidates ?? [], weights = new Map((route.experts ?? experts).map(one => [one.expert, one.weight]));
+  $("candidates").replaceChildren(...(candidates.length ? bars(candidates, weights) : []));
 }
 
 export function trouble(words) {
@@ -85,17 +85,7 @@ export function trouble(words) {
 
 // ── where a prompt would go ─────────────────────────────────────────────────────────────────────────────────────────
 
-let timer = 0, asking = null, known = {body: "", route: null};
-
-/** The route of a request; the last one is remembered, so that sending what was just previewed asks nothing again. */
-export async function routeOf(body, signal) {
-  const text = JSON.stringify(body);
-  if (known.body !== text) known = {body: text, route: await ask("v1/route", {body, signal})};
-  return known.route;
-}
-
-/** What was remembered is of experts that are served no more. */
-export const renew = () => { known = {body: "", route: null}; };
+let timer = 0, asking = null;
 
 export function forget() {
   clearTimeout(timer);
@@ -108,7 +98,7 @@ export async function preview(body) {
   forget();
   const mine = asking = new AbortController();
   try {
-    const route = await routeOf(body, mine.signal);
+    const route = await ask("v1/route", {body, signal: mine.signal});
     if (asking === mine) show(route, `Where this prompt would go, asked of ${body.model}`);
   } catch (error) {
     if (asking === mine && error.name !== "AbortError") trouble(error.message);

@@ -1,0 +1,109 @@
+"""`POST /v1/embeddings`: vectors of texts, by an embedder or by the served base's own states."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from xpert.errors import BadInput, NotFound, unknown
+from xpert.experts.mixture import BASE
+from xpert.experts.prototypes import FixedSpace, open_space
+from xpert.experts.server.schema import EmbeddingRequest, ParameterError, check_text, parse
+from xpert.experts.server.service import Service, check_many
+from xpert.experts.server.streams import until_gone
+from xpert.protocols import Floats
+
+__all__ = ["Embeddings", "open_server_space"]
+
+
+def open_server_space(embedder: str | None, *, device: str) -> FixedSpace | None:
+    """The space of an embedder other than the served base. Raises BadInput for one that is fitted on its texts."""
+    if embedder is None or embedder == BASE:
+        return None
+    return open_space(embedder, device=device)
+
+
+class Embeddings:
+    """The endpoint for vectors. `space` is None where the base's states are given, or none are served."""
+
+    def __init__(self, service: Service, space: FixedSpace | None) -> None:
+        self.service = service
+        self.space = space
+
+    async def embed(self, request: Request) -> Response:
+        """One vector of length 1 for each input."""
+        service = self.service
+        served = service.options.embedder
+        body = parse(EmbeddingRequest, await service.read(request))
+        if served is None:
+            raise NotFound("this server gives no embeddings", hint="start it with --embedder minilm, or base")
+        if body.model != served:
+            error = unknown("embedding model", body.model, [served])
+            error.param, error.code = "model", "model_not_found"  # type: ignore[attr-defined]  # read by the error form
+            raise error
+        inputs = body.inputs
+        check_many(len(inputs), 2048, "input")
+        for one in inputs:
+            if isinstance(one, str):
+                check_text(one, "input")
+        call = await service.open(request, "embd", BASE, 1)
+        async with call.resources:
+            work = self._by_base(inputs) if self.space is None else self._by_space(self.space, inputs)
+            vectors, tokens = await until_gone(request, call, work)
+            call.facts.prompt_tokens = tokens
+        if body.dimensions not in (None, vectors.shape[1]):
+            raise ParameterError(
+                f"the vectors of {served} have {vectors.shape[1]} dimensions, not {body.dimensions}", "dimensions"
+            )
+        data = [
+            {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        spent = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": spent})
+
+    async def _by_base(self, inputs: Sequence[str | list[int]]) -> tuple[Floats, int]:
+        service = self.service
+        if not hasattr(service.generations.engine, "embed"):
+            raise BadInput("this engine gives no embeddings", hint="use --embedder minilm")
+        prompts = await service.speaker.prepare(partial(self._encoded, inputs))
+        vectors = await asyncio.gather(*(service.speaker.embed(ids) for ids in prompts))
+        return np.stack(vectors).astype(np.float32), sum(map(len, prompts))
+
+    def _encoded(self, inputs: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+        tokenizer, context = self.service.tokenizer, self.service.generations.engine.context
+        prompts = []
+        for one in inputs:
+            ids = tuple(tokenizer(one).input_ids) if isinstance(one, str) else tuple(one)
+            if not ids:
+                raise ParameterError("an input is empty", "input")
+            if max(ids) >= len(tokenizer):
+                raise ParameterError(f"the token {max(ids)} is not in the vocabulary of {len(tokenizer)}", "input")
+            if len(ids) > context:
+                raise ParameterError(f"an input has {len(ids):,} tokens; the context holds {context:,}", "input")
+            prompts.append(ids)
+        return prompts
+
+    async def _by_space(self, space: FixedSpace, inputs: Sequence[str | list[int]]) -> tuple[Floats, int]:
+        texts = [one for one in inputs if isinstance(one, str)]
+        if len(texts) < len(inputs):
+            raise ParameterError("this embedder takes texts, not token ids", "input")
+        if not all(text.strip() for text in texts):
+            raise ParameterError("an input is empty", "input")
+        vectors = await asyncio.to_thread(space.embed, texts)
+        # The embedder's own tokenizer is not asked; a base's tokens are near enough for a count of usage.
+        tokens = await self.service.speaker.prepare(lambda: sum(map(len, self.service.tokenizer(texts).input_ids)))
+        return vectors, tokens
+
+
+def _written(vector: Floats, encoding: str | None) -> Any:
+    if encoding == "base64":
+        return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode()
+    return [float(number) for number in vector]
