@@ -17,7 +17,8 @@ export function drawn(tag, attributes) {
   return made;
 }
 
-export const name = text => node("bdi", {text});
+/** A name, which may break after its signs where it must break at all. */
+export const name = text => node("bdi", {}, ...text.split(/(?<=[/_.-])/).flatMap((part, at) => at ? [node("wbr"), part] : [part]));
 
 /** A term and its description, of a `dl`. */
 export const fact = (term, ...description) => node("div", {}, node("dt", {text: term}), node("dd", {}, ...description));

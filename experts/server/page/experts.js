@@ -2,7 +2,7 @@
 
 import {$, fact, gain, hundredths, name, node, score} from "./dom.js";
 
-const STEPS = 9, ROOMY = 10; // shades; up to so many skills their names are written level where there is room
+const STEPS = 9, ROOMY = 7; // shades; up to so many skills their names are written level where there is room
 const REGISTERED = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/; // names that have a page of their own
 
 const page = key => REGISTERED.test(key) ? `registry/names/${key}.html` : `registry/index.html#q=${encodeURIComponent(key)}`;
@@ -61,7 +61,7 @@ export function show(models, choose) {
     const unscored = declared.filter(skill => !skills.includes(skill)).join(", ");
     rows.push(node("tr", {}, first(expert, [about, unscored && `for ${unscored}`].filter(Boolean).join(" · "), choose), ...cells));
   }
-  const heads = skills.map(skill => node("th", {scope: "col"}, node("span", {text: skill, title: skill})));
+  const heads = skills.map(skill => node("th", {scope: "col"}, node("span", {title: skill}, name(skill))));
   const head = node("tr", {}, node("th", {scope: "col", text: "Expert"}), ...heads);
   const table = node("table", {kind: skills.length <= ROOMY ? "heat roomy" : "heat"}, node("caption", {kind: "unseen", text: "Experts by skills: score in hundredths"}),
     node("thead", {}, head), node("tbody", {}, ...rows));
