@@ -90,7 +90,7 @@ class Service:
         """Admits a request, prepares it, and answers whole, or with `events` as a stream."""
         call = await self.open(request, kind, model, places)
         try:
-            await prepare(call)
+            await until_gone(request, call, prepare(call))
             self.operation.let_in(call)
             if events is None:
                 response = await until_gone(request, call, whole(call))
@@ -98,6 +98,8 @@ class Service:
             else:
                 # The first piece is awaited here, so that a request the engine refuses is answered by a status.
                 pieces = self.pieces(call)
+                # However it ends, the engine is told before the generation is let go.
+                call.resources.push_async_callback(pieces.aclose)
                 first = await until_gone(request, call, anext(pieces))
                 return EventStream(
                     call,
