@@ -47,6 +47,7 @@ __all__ = [
     "AggregatorChoice",
     "GateChoice",
     "Mixture",
+    "MixtureEntry",
     "MixtureExpert",
     "StateFile",
     "aggregator_options",
@@ -64,7 +65,7 @@ BASE = "base"
 """The name under which the base model alone is asked for."""
 
 
-_Entry = tuple[str, str, str, float]
+MixtureEntry = tuple[str, str, str, float]
 """(key, ref, fingerprint, weight) of one expert in a mixture file."""
 
 
@@ -95,6 +96,11 @@ class MixtureExpert:
     @cached_property
     def card(self) -> ExpertCard:
         return ExpertCard.read(self.folder)
+
+    @property
+    def in_folder(self) -> bool:
+        """Whether it is of no registry, so that its content may change where it lies."""
+        return _is_path(self.ref)
 
     def routable(self) -> RoutableExpert:
         """What routers may know of it."""
@@ -290,14 +296,17 @@ def assemble(
 
 
 def load_mixture(
-    ref: str | Path, registry: ExpertStore | None = None, *, gone: Callable[[str, NotFound], None] | None = None
+    ref: str | Path,
+    registry: ExpertStore | None = None,
+    *,
+    gone: Callable[[MixtureEntry, NotFound], None] | None = None,
 ) -> Mixture:
     """A mixture file, a registered mixture or expert `owner/name[@version]`, or an expert folder.
 
     A single expert is a mixture of one behind router `fixed`. `registry` is where registered experts are looked up;
     without one, the registry that the mixture file names, or the user's where that is not on this machine: whichever
     it is, every expert's weights must be those that were mixed. With `gone`, registered experts that are no longer
-    there are left out, and it is told of them (key, error). Raises NotFound for what is not there, BadInput for experts
+    there are left out, and it is told of them. Raises NotFound for what is not there, BadInput for experts
     of different bases, Corrupt where an expert is not the one that was mixed.
     """
     path = Path(ref)
@@ -333,7 +342,7 @@ def _read(
     registry: ExpertStore | None,
     *,
     name: str | None = None,
-    gone: Callable[[str, NotFound], None] | None = None,
+    gone: Callable[[MixtureEntry, NotFound], None] | None = None,
 ) -> Mixture:
     where = str(path)
     value = read_json(path, most=_MOST_BYTES)
@@ -374,7 +383,7 @@ def _read(
         except NotFound as error:
             if gone is None or _is_path(entry[1]):
                 raise
-            gone(entry[0], error)
+            gone(entry, error)
     if not experts:
         raise NotFound("none of the mixture's experts is left in the registry", where=where)
     _check_one_base(experts, base)
@@ -436,7 +445,7 @@ def _trained(value: Mapping[str, Any], anchor: Path, what: str, where: str) -> P
     return file
 
 
-def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | None, where: str) -> None:
+def _check_present(entries: Iterable[MixtureEntry], store: ExpertStore, named: str | None, where: str) -> None:
     """For a mixture from elsewhere, whose registry is not here or is not named: says so, rather than that an expert is
     unknown. A published mixture names none, since it means the registry it is in."""
     gone = f"the mixture's registry {named} is not here, and" if named else "the mixture does not say its registry, and"
@@ -453,7 +462,7 @@ def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | N
             ) from None
 
 
-def _member(entry: _Entry, anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
+def _member(entry: MixtureEntry, anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
     key, ref, fingerprint, weight = entry
     if not 0 < weight < float("inf"):
         raise BadInput(f"expert {key!r} has the weight {weight}; it must be above 0", where=where)

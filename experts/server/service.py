@@ -24,7 +24,7 @@ from xpert.experts.server.errors import error_event
 from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
 from xpert.experts.server.metrics import Moment, engine_figures
-from xpert.experts.server.model_names import Asked, Way, parse_model
+from xpert.experts.server.model_names import Asked, parse_model
 from xpert.experts.server.openai_forms import experts_header
 from xpert.experts.server.operation import Operation
 from xpert.experts.server.options import ServeOptions
@@ -179,7 +179,7 @@ class Service:
         if asked.experts is not None:
             return Task(id, generation, prompt, generation.runner.known(asked.experts), False, Sampling())
         # A router that is made for this request takes its time, which the others must not wait for.
-        routed = generation.routed if asked.way == Way() else await asyncio.to_thread(generation.by, asked.way)
+        routed = generation.kept(asked.way) or await asyncio.to_thread(generation.by, asked.way)
         found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(id, prompt.messages)]))
         return Task(id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
 
