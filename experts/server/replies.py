@@ -124,6 +124,10 @@ class Speaker:
     async def prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparer, work)
 
+    async def score(self, work: Callable[[], T]) -> T:
+        """Beside the engine's steps, one work at a time: a model's tokenizer may not be used by two threads at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._scorer, work)
+
     def _hear(self, said: Delivery) -> None:
         self._step_began = said.began
         for sink, item in said.heard:
