@@ -51,6 +51,7 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
         "engine": ["--repeats", "2"],
+        "constraints": ["--repeats", "1"],
         "merging": ["--width", "64", "--layers", "1"],
         "training": ["--base", base_model(), "--rows", str(data.pool), "--steps", "3", "--repeats", "2"],
         "registry": ["--experts", "200"],
