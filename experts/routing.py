@@ -11,30 +11,32 @@ from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture, router_options
 from xpert.experts.router_state import read_router_state
-from xpert.protocols import Escalation, Route, Router, RouteRequest
+from xpert.protocols import Escalation, Route, Router, RouteRequest, RouterState
 from xpert.records import Row
 
-__all__ = ["MixtureRouter", "explain", "open_router", "route_request"]
+__all__ = ["MixtureRouter", "explain", "open_router", "options_for", "route_request"]
 
 
 class MixtureRouter:
-    """The router of a mixture after `prepare`, with the experts' weights of the mixture applied."""
+    """The router of a mixture after `prepare`, with the mixture's calibration and its experts' weights applied.
 
-    def __init__(self, mixture: Mixture, *, seed: int = 0, device: str = "auto") -> None:
-        options = router_options(mixture.router, mixture.router_params)
-        if getattr(options, "base", "") is None:  # a router that can use the base model is told which one it is
-            options = dataclasses.replace(options, base=mixture.base.ref)
-        self.router: Router = open_router(mixture, options, seed=seed, device=device)
-        self.router.prepare([expert.routable() for expert in mixture.experts])
+    `router`: one that is ready already, in place of the mixture's own.
+    """
+
+    def __init__(self, mixture: Mixture, *, router: Router | None = None, seed: int = 0, device: str = "auto") -> None:
+        if router is None:
+            router = open_router(mixture, options_for(mixture), seed=seed, device=device)
+            router.prepare([expert.routable() for expert in mixture.experts])
+        self.router: Router = router
         self._calibration = mixture.calibration
         self._gate = mixture.gate.name if mixture.gate is not None else None
         self._weight = {expert.key: expert.weight for expert in mixture.experts}
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        routes = self.router.route(requests)
-        if self._calibration is not None:
-            routes = [self._calibration.applied(route) for route in routes]
-        return [self._weighted(route) for route in routes]
+        routes = [self._weighted(route) for route in self.router.route(requests)]
+        if self._calibration is None:
+            return routes
+        return [self._calibration.applied(route) for route in routes]
 
     def _weighted(self, route: Route) -> Route:
         if self._gate is not None and route.experts:
@@ -47,6 +49,14 @@ class MixtureRouter:
         return dataclasses.replace(route, experts=tuple((key, weight / total) for key, weight in scaled))
 
 
+def options_for(mixture: Mixture) -> Any:
+    """The options of the mixture's router; one that can use the base model is told which one it is."""
+    options = router_options(mixture.router, mixture.router_params)
+    if getattr(options, "base", "") is None:
+        options = dataclasses.replace(options, base=mixture.base.ref)
+    return options
+
+
 def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Router:
     """The mixture's router before `prepare`, with what it has learned. Raises BadInput for one that has not."""
     plugin = plugins.load("router", mixture.router)
@@ -54,13 +64,22 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
         made: Router = plugin(options, seed=seed, device=device)
         return made
     if mixture.router_state is None:
+        if getattr(plugin, "untrained", _never)(options):
+            return _opened(plugin, options, None, seed, device)
         raise BadInput(
             f"router {mixture.router} has to be trained for this mixture first",
             hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
         )
-    state = read_router_state(mixture.router_state.file)
+    return _opened(plugin, options, read_router_state(mixture.router_state.file), seed, device)
+
+
+def _opened(plugin: Any, options: Any, state: RouterState | None, seed: int, device: str) -> Router:
     learned: Router = plugin(options, state=state, seed=seed, device=device)
     return learned
+
+
+def _never(options: Any) -> bool:
+    return False
 
 
 def route_request(row: Row) -> RouteRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,13 @@ class Familiarity:
         rows_with = Counter(word for text in corpus for word in set(_words(text)))
         self._idf = {word: math.log((1 + len(corpus)) / (1 + rows)) + 1 for word, rows in rows_with.items()}
         self._unknown = math.log(1 + len(corpus)) + 1
+
+    @classmethod
+    def known(cls, idf: Mapping[str, float], *, unknown: float) -> Familiarity:
+        """Of words whose weights are at hand; `unknown` is the weight of all others."""
+        made = cls(())
+        made._idf, made._unknown = dict(idf), unknown
+        return made
 
     def of(self, texts: Sequence[str]) -> Floats:
         return np.array([self._one(text) for text in texts], dtype=np.float32)

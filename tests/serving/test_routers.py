@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serving.observing import observed
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
 from xpert.protocols import RoutableExpert, Route, RouteRequest
@@ -29,8 +30,19 @@ def requests_for(rows: list[Row]) -> list[RouteRequest]:
 
 
 def make(name: str, experts: list[RoutableExpert], *, seed: int = 0, **params: Any) -> Any:
+    """One that learns does so from the experts' exemplars, each expert being right on its own."""
     kind = plugins.load("router", name)
-    router = kind(kind.Options.from_mapping(params), seed=seed)
+    options = kind.Options.from_mapping(params)
+    if not getattr(kind, "learned", False):
+        router = kind(options, seed=seed)
+    else:
+        asked = [
+            RouteRequest(f"{expert.key}-{place}", (Message("user", text),), expert.skills[0])
+            for expert in experts
+            for place, text in enumerate(expert.exemplars)
+        ]
+        state = kind(options, seed=seed).learn(experts, observed(experts, asked))
+        router = kind(options, state=state, seed=seed)
     router.prepare(experts)
     return router
 
