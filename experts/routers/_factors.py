@@ -22,7 +22,7 @@ _MOST_PAIRS = 1024
 _BATCH_ROWS = 64
 _ENOUGH_ROWS = 20
 _HELD_OUT = 5
-_GAIN = 1e-3
+_GAIN = 5e-4
 _PATIENCE = (10, 100)
 """Epochs and gradient steps that may bring nothing before training ends: of few prompts, an epoch is two steps."""
 
@@ -104,7 +104,7 @@ def train_factors(rows: Floats, pairs: Pairs, subjects: int, how: Training) -> t
     """Adam on the mean BCE of sigma(s_win - s_lose) over the pairs of 64 prompts at a time, by torch on the CPU.
 
     rows [n, d]; noise is drawn anew for each prompt and epoch, and never on the constant. A fifth of the prompts with
-    pairs is held out: training ends when ten epochs, and 100 steps, have lowered the loss on them by less than 0.001,
+    pairs is held out: training ends when ten epochs, and 100 steps, have lowered the loss on them by less than 0.0005,
     and the epoch before these stays. Below 20 prompts nothing is held out, and all epochs are trained. Also returns
     what is to be told of it. All is drawn by `seed`. Time O(epochs (n d k + n m k + pairs)).
     """
