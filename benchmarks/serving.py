@@ -125,8 +125,9 @@ def main() -> None:
         runner = MixtureRunner.open(load_mixture(mixture, registry), device="cpu", max_batch=given.streams)
         keys = list(runner.mixture.keys)
         command = [
-            sys.executable, "-m", "xpert", "serve", str(mixture), "--registry", registry.location, "--port", "0", "--json",
-            "--quiet", "--max-batch", str(given.streams), "--max-queue", str(4 * given.streams), "--device", "cpu",
+            sys.executable, "-m", "xpert", "serve", str(mixture), "--registry", registry.location, "--port", "0",
+            "--json", "--quiet", "--max-batch", str(given.streams), "--max-queue", str(4 * given.streams),
+            "--device", "cpu",
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -175,7 +176,8 @@ def table(speeds: dict[str, list[float]], firsts: dict[int, list[float]], given:
         "# The server beside its engine",
         "",
         f"`python benchmarks/serving.py --streams {given.streams} --tokens {given.tokens} --repeats {given.repeats}`; "
-        f"{Path(given.base).name}, two random experts of rank 8, batches of {given.streams}, clients on the same machine:",
+        f"{Path(given.base).name}, two random experts of rank 8, batches of {given.streams}; "
+        "clients and server on the same machine:",
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
         "",
         "| | tokens/s | of the engine's own |",

@@ -14,6 +14,9 @@ from xpert.experts.server.options import ServeOptions
 
 __all__ = ["command"]
 
+SERVED_BY = frozenset({"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"})
+"""What the extra `serve` brings."""
+
 
 @click.command("serve")
 @click.argument("mixture", metavar="MIXTURE")
@@ -46,44 +49,37 @@ def command(
     try:
         import uvicorn
 
-        from xpert.experts.server.app import create_app
+        from xpert.experts.server.opening import open_app, source_of
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+        if error.name is None or error.name.partition(".")[0] not in SERVED_BY:
             raise
         raise Unavailable(f"`serve` needs {error.name}", hint="pip install 'xpert-toolkit[serve]'") from None
     from xpert.experts.server.draining import DrainingServer
-    from xpert.experts.server.generations import Generations
-    from xpert.experts.server.watching import Source, Watch
-    from xpert.experts.serving import EngineChoice, open_engine
-    from xpert.registry.opening import open_registry
+    from xpert.experts.serving import EngineChoice
 
     serving: ServeOptions = take(ServeOptions, options)
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
-    source = Source(mixture, open_registry, location=location, base=base, follow=serving.follow)
-    loaded = source.load()
+    loaded = source_of(mixture, serving, registry=location, base=base).load()
     with _bound(host, port) as listener:
-        lm, opened = open_engine(
-            loaded.base.ref,
-            loaded.base.fingerprint,
-            device=session.device,
-            max_batch=serving.max_batch,
+        app = open_app(
+            mixture,
+            serving,
+            registry=location,
+            base=base,
             engine=choice,
+            device=session.device,
+            seed=session.seed,
+            loaded=loaded,
             progress=session.progress,
         )
-        session.progress.say(f"loading {len(loaded.experts)} experts")
-        generations = Generations(loaded, lm, opened, seed=session.seed, device=session.device)
-        app = create_app(generations, serving, device=session.device)
         address, bound = listener.getsockname()[:2]
         url = f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
         session.result({"url": url, "model": loaded.name}, f"serving {loaded.name} at {url}/v1 (page: {url}/)")
-        watch = Watch(source, generations, seconds=serving.watch)
-        watch.start()
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
         server = DrainingServer(config, app.state.service.operation.draining, grace=serving.grace)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             server.run(sockets=[listener])
-        watch.close()
         session.progress.say("stopped serving")
 
 

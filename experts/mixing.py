@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def mix(
     """Assembles a mixture of `experts` (`owner/name[@version]` or expert folders), or of all experts of the registry
     that belong to `base`, in their latest versions. With `shots`, of the group of them that `recruit` chooses.
 
-    Of all experts, those that the router could never choose, since they have no exemplars, stay out. Raises BadInput
+    Of all experts, those that the router could never choose, since they lack what it goes by, stay out. Raises BadInput
     where such an expert is named, where the experts belong to different bases, or for options of recruiting without
     shots; NotFound where an expert does not exist.
     """
@@ -49,8 +50,7 @@ def mix(
     options = router_options(router, router_params or {})
     model = _base_model(base) if base is not None else None
     members = _named(experts, registry) if experts is not None else _all_of_base(registry, model, progress)
-    if getattr(plugins.load("router", router), "needs_exemplars", False):
-        members = _with_exemplars(members, router, progress, named=experts is not None)
+    members = _reachable(members, router, options, model, device, progress, named=experts is not None)
     if gate is not None:
         _check_vectors(gate, members)
     mixture = assemble(
@@ -67,19 +67,36 @@ def mix(
     return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
 
 
-def _with_exemplars(
-    members: Sequence[MixtureExpert], router: str, progress: Progress, *, named: bool
+def _reachable(
+    members: Sequence[MixtureExpert],
+    router: str,
+    options: Any,
+    base: BaseModel | None,
+    device: str,
+    progress: Progress,
+    *,
+    named: bool,
 ) -> list[MixtureExpert]:
-    """The members that a router by exemplars can choose; raises BadInput for one that was named, or if none is left."""
-    kept = [member for member in members if any(text.strip() for text in member.routable().exemplars)]
-    without = [member for member in members if member not in kept]
+    """The members that the router can choose; raises BadInput for one that was named, or if none is left.
+
+    Asks the router's `lacking(options, experts)`, which says what each expert lacks that could never be reached; a
+    router without it can choose every expert.
+    """
+    plugin = plugins.load("router", router)
+    if not members or not hasattr(plugin, "lacking"):
+        return list(members)
+    if getattr(options, "base", "") is None:
+        options = dataclasses.replace(options, base=(base or members[0].card.base).ref)
+    lacking: Mapping[str, str] = plugin.lacking(options, [member.routable() for member in members], device=device)
+    kept = [member for member in members if member.key not in lacking]
+    without = [member for member in members if member.key in lacking]
     if without and (named or not kept):
         raise BadInput(
-            f"expert {without[0].key!r} has no exemplars, which router {router} needs",
-            hint="import it with --exemplars, train it with shots, or mix with --router fixed",
+            f"expert {without[0].key!r} has no {lacking[without[0].key]}, which router {router} needs",
+            hint=getattr(plugin, "remedy", "mix with --router fixed"),
         )
     for member in without:
-        progress.say(f"out: {member.ref} has no exemplars, which router {router} needs")
+        progress.say(f"out: {member.ref} has no {lacking[member.key]}, which router {router} needs")
     return kept
 
 

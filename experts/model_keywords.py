@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EngineAnswerer",
+    "agreed_keywords",
     "check_keyword_model",
     "keyword_questions",
     "keywords_by_model",
@@ -54,7 +55,7 @@ def keywords_by_model(prompts: Sequence[str], judge: Judge, least: int) -> ItemG
     """
     questions = keyword_questions(prompts)
     replies = judge.ask(questions, "naming keywords")
-    own = [_agreed(replies[at : at + SAMPLES]) for at in range(0, len(replies), SAMPLES)]
+    own = agreed_keywords(replies)
     how: dict[str, Any] = {
         "by": "language model",
         "model": judge.answerer.identity,
@@ -86,10 +87,13 @@ def keywords_in(reply: str) -> list[str]:
     return list(dict.fromkeys(kept))[:MOST_PER_SAMPLE]
 
 
-def _agreed(replies: Sequence[str]) -> list[str]:
-    """The keywords of more than one sample, most named first."""
-    counts = Counter(name for reply in replies for name in keywords_in(reply))
-    return [name for name, count in counts.most_common() if count > 1]
+def agreed_keywords(replies: Sequence[str]) -> list[list[str]]:
+    """Replies to `keyword_questions` -> of each prompt the keywords of more than one sample, most named first."""
+    found = []
+    for at in range(0, len(replies), SAMPLES):
+        counts = Counter(name for reply in replies[at : at + SAMPLES] for name in keywords_in(reply))
+        found.append([name for name, count in counts.most_common() if count > 1])
+    return found
 
 
 def _excerpt(prompt: str) -> str:

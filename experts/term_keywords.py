@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from xpert.clustering import without_repeats
 from xpert.experts.item_groups import MOST_KEYWORDS, ItemGroups, by_names, of_keywords
 from xpert.storage import hash_texts
 
-__all__ = ["keywords_by_terms", "telling_terms_of_items"]
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import CountVectorizer
+
+__all__ = ["keywords_by_terms", "telling_terms_of_items", "term_reader"]
 
 MOST_PER_ITEM = 5
 LONGEST = 60
@@ -44,18 +47,9 @@ def telling_terms_of_items(prompts: Sequence[str], least: int) -> list[list[str]
     mean number of terms of a prompt and f(t) the number of prompts with t (Grootendorst 2022, arXiv:2203.05794), over
     the terms of `least` prompts or more and at most half of them. English words that tell nothing are left out.
     """
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
-
     if len(prompts) * COMMONEST < least:
         return [[] for _ in prompts]
-    vectorizer = CountVectorizer(
-        ngram_range=(1, 2),
-        stop_words=sorted(ENGLISH_STOP_WORDS),
-        token_pattern=r"[^\W\d_]{2,}",
-        min_df=least,
-        max_df=COMMONEST,
-        binary=True,
-    )
+    vectorizer = _vectorizer(min_df=least, max_df=COMMONEST, binary=True)
     try:
         held = vectorizer.fit_transform(prompts).tocsr()
     except ValueError as error:
@@ -71,6 +65,20 @@ def telling_terms_of_items(prompts: Sequence[str], least: int) -> list[list[str]
         short = (name for term in ranked if len(name := str(names[term])) <= LONGEST)
         found.append(without_repeats(short, MOST_PER_ITEM))
     return found
+
+
+def term_reader() -> Callable[[str], list[str]]:
+    """What reads a text's words and word pairs, in small letters and in their order, as they are counted here."""
+    reader: Callable[[str], list[str]] = _vectorizer().build_analyzer()
+    return reader
+
+
+def _vectorizer(**settings: Any) -> CountVectorizer:
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+    return CountVectorizer(
+        ngram_range=(1, 2), stop_words=sorted(ENGLISH_STOP_WORDS), token_pattern=r"[^\W\d_]{2,}", **settings
+    )
 
 
 def _alike(rows: Sequence[int], others: Sequence[int]) -> bool:

@@ -77,7 +77,10 @@ def _checked(line: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def usage_of(lines: Sequence[Mapping[str, Any]], keys: Sequence[str], *, where: str) -> Usage:
-    """Usage from routes as plain JSON. Raises BadInput where no prompt was sent to any expert."""
+    """Usage from routes as plain JSON. An expert that a route does not list (it lists the best 50) scores 0 there.
+
+    Raises BadInput where no prompt was sent to any expert.
+    """
     place = {key: index for index, key in enumerate(keys)}
     weights = np.zeros((len(lines), len(keys)))
     scores = np.zeros_like(weights)

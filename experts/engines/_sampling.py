@@ -161,10 +161,13 @@ def _kept(scaled: torch.Tensor, size: int, choosers: Sequence[Chooser]) -> tuple
 
     Equal tokens stand in the order of their ids, so that `size` does not decide what is kept.
     """
-    top, tokens = scaled.topk(size, dim=-1, sorted=False)
-    tokens, order = tokens.sort(dim=-1)
-    top, order = top.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    tokens = tokens.gather(-1, order)
+    if size == scaled.shape[-1]:
+        top, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    else:
+        top, tokens = scaled.topk(size, dim=-1, sorted=False)
+        tokens, order = tokens.sort(dim=-1)
+        top, order = top.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        tokens = tokens.gather(-1, order)
     limit = _column([chooser.rules.top_k or scaled.shape[-1] for chooser in choosers], scaled)
     among = torch.arange(size, device=scaled.device)[None] < limit
     # Shares of what top-k keeps, which is everything where it is off.

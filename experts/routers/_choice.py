@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 SHOWN = 50
-"""Candidates that a route lists, the best ones; more where more are chosen. Listing 10,000 would cost 20 ms a prompt."""
+"""Candidates that a route lists, the best ones; and more where more are chosen. Listing 10,000 costs 20 ms a prompt."""
 
 
 def ranked(scores: Mapping[str, float], most: int = SHOWN) -> tuple[Candidate, ...]:

@@ -7,30 +7,28 @@ of them, so by default a skill is as near as its three nearest exemplars.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
-from xpert.experts.routers._choice import ranked, softmax_weights
-from xpert.experts.routers._familiarity import Familiarity
-from xpert.protocols import Candidate, EmbedderContext, Floats, RoutableExpert, Route, RouteRequest
-
-if TYPE_CHECKING:
-    from xpert.protocols import Embedder
+from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
+from xpert.experts.routers._fixed_space import embedder_of, identity_of
+from xpert.experts.routers._skill_space import PromptSpace, SkillGroup, SkillSpace, groups_of
+from xpert.experts.routers._skill_thresholds import calibrated
+from xpert.protocols import Floats, RoutableExpert, Route, RouteRequest
 
 __all__ = ["PLUGIN", "CentroidOptions", "CentroidRouter"]
 
-NEIGHBOURS = 3
-"""Exemplars of a skill whose mean cosine is the skill's score in mode `nearest`."""
-
-FOLDS = 2
-ENOUGH = 8
-"""Left-out exemplars from which a skill gets a threshold of its own."""
+DIGITS = 5
+"""Of a score: what lies below is rounding of an embedder's batches."""
+_BATCH = 256
+_SLACK = 3e-5
+"""Float32 scores nearer than this to the last candidate's are looked at again in float64."""
 
 
 @dataclass(frozen=True)
@@ -62,187 +60,152 @@ class CentroidOptions(Config):
     base: str | None = option(None, "the model whose states embedder lm takes; by default the mixture's base")
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The exemplars of one skill of one expert."""
-
-    expert: str
-    label: str
-    texts: tuple[str, ...]
-
-
 class CentroidRouter:
     """cosine(prompt, skill) -> the experts of the nearest skills, or the base model below the threshold.
 
     A skill's score is the cosine to the mean of its exemplars (mode centroid) or the mean cosine to its three nearest
     exemplars (mode nearest, for experts whose exemplars lie in several places); an expert's score is its best
     skill's. With lsa, which is fitted on the exemplars, the cosine counts the prompt's unknown words too (see
-    `Familiarity`). Preparing embeds all exemplars, and with lsa fits it 1 + FOLDS times; a prompt costs one embedding
-    and one product with [groups, d] or [exemplars, d].
+    `Familiarity`).
+
+    An expert without exemplars is reached by the prototypes of its card, if they are of the embedder in use: a skill
+    is then as near as the nearest of its centroids, in either mode. Its threshold is found without own exemplars (see
+    `calibrated`). Where such an expert is in a mixture whose embedder is lm, all are compared by the states as they
+    are (`raw`), as its prototypes were made.
+
+    Preparing embeds all exemplars, and with lsa fits it 1 + FOLDS times. A prompt costs one embedding and one product
+    with [groups, d] or [exemplars, d]; its route is the same in any batch, as far as its embedding is, which lsa's is
+    to the bit. A route lists the `SHOWN` best experts.
     """
 
     Options = CentroidOptions
-    needs_exemplars = True
+    remedy = "import it with --exemplars, train it with shots, or mix with --router fixed"
 
     def __init__(self, options: CentroidOptions, *, seed: int = 0, device: str = "auto") -> None:
-        self.options = options
-        name, _, argument = options.embedder.partition(":")
-        kind = plugins.load("embedder", name)
-        context = EmbedderContext(argument=argument or None, base=options.base, device=device, seed=seed)
-        self._new_embedder: Callable[[], Embedder] = lambda: kind(context)
-        self._fitted = name == "lsa"
-        self.space: _Space | None = None
-        self.groups: list[_Group] = []
-        self.thresholds: list[float] = []
+        self.options, self._seed, self._device = options, seed, device
+        plugins.load("embedder", options.embedder.partition(":")[0])
+        self.groups: list[SkillGroup] = []
+        self.thresholds: NDArray[np.float64] = np.zeros(0)
+        self._prompts: PromptSpace | None = None
+
+    @staticmethod
+    def lacking(options: CentroidOptions, experts: Sequence[RoutableExpert], *, device: str = "auto") -> dict[str, str]:
+        """What each expert lacks that could never be reached. Opens the embedder only if prototypes may serve."""
+        without = [expert for expert in experts if not any(text.strip() for text in expert.exemplars)]
+        prototypes = any(expert.prototypes for expert in without)
+        identity = identity_of(options.embedder, base=options.base, device=device) if prototypes else None
+        return {
+            expert.key: f"exemplars{_of_others(expert, options.embedder)}"
+            for expert in without
+            if identity not in expert.prototypes
+        }
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
-        """Raises BadInput for an expert without exemplars: it could never be reached."""
-        self.groups = []
+        """Raises BadInput for an expert that could never be reached, see `lacking`."""
+        for key, what in self.lacking(self.options, experts, device=self._device).items():
+            raise BadInput(
+                f"expert {key!r} has no {what}, which router centroid needs",
+                hint=self.remedy,
+            )
         # In an order of their own: the axes of a fitted space depend on the order of its texts, and routes must not.
-        for expert in sorted(experts, key=lambda expert: expert.key):
-            if not any(text.strip() for text in expert.exemplars):
-                raise BadInput(
-                    f"expert {expert.key!r} has no exemplars, which router centroid needs",
-                    hint="train it with shots, or mix with --router fixed",
-                )
-            self.groups += [_Group(expert.key, label, texts) for label, texts in sorted(_by_skill(expert).items())]
+        ordered = sorted(experts, key=lambda expert: expert.key)
+        by_prototypes = any(not any(text.strip() for text in expert.exemplars) for expert in ordered)
+        identity, new_embedder = embedder_of(
+            self.options.embedder,
+            base=self.options.base,
+            device=self._device,
+            seed=self._seed,
+            raw=by_prototypes,
+        )
+        fitted = self.options.embedder == "lsa"
+        self.groups = [group for expert in ordered for group in groups_of(expert, identity)]
+        self._prompts = None
         if not self.groups:
             return
-        embedder = self._new_embedder()
-        self.space = _Space(self.groups, embedder, self.options.mode, fit=self._fitted)
+
+        def refit() -> PromptSpace:
+            return PromptSpace(new_embedder(), fitted=fitted)
+
+        space = refit()
+        texts = [text for group in self.groups for text in group.texts]
+        vectors = space.learn(texts) if texts else np.zeros((0, 0), np.float32)
+        self._space = SkillSpace(self.groups, vectors, self.options.mode)
+        self._keys = [expert.key for expert in ordered]
+        owners = np.array([group.expert for group in self.groups])
+        self._first = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
         given = self.options.threshold
-        self.thresholds = self._calibrated(embedder) if given is None else [given] * len(self.groups)
+        if given is not None:
+            self.thresholds = np.full(len(self.groups), given)
+        else:
+            self.thresholds = calibrated(
+                self.groups,
+                vectors,
+                self.options.mode,
+                refit if fitted else None,
+                reject=self.options.reject,
+                strictness=self.options.strictness,
+            )
+        self._prompts = space
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        if self.space is None:
+        if self._prompts is None:
             return [Route((), (), "centroid: the mixture has no experts; the base answers")] * len(requests)
-        if not requests:
-            return []
-        # Rounded, since a product's last bits depend on the size of the batch and routes must not.
-        return [self._route(row) for row in np.round(self.space.scores([r.prompt for r in requests]), 5)]
+        routes = []
+        for start in range(0, len(requests), _BATCH):
+            prompts = self._prompts.prompts([request.prompt for request in requests[start : start + _BATCH]])
+            scores = self._space.scores(prompts)
+            routes += [self._route(prompt, row) for prompt, row in zip(prompts, scores, strict=True)]
+        return routes
 
-    def _route(self, scores: Floats) -> Route:
-        best: dict[str, float] = {}
-        nearest: dict[str, int] = {}
-        for index, score in enumerate(scores.tolist()):
-            key = self.groups[index].expert
-            if score > best.get(key, -2.0):
-                best[key], nearest[key] = score, index
-        candidates = ranked(best)
+    def _route(self, prompt: Floats, rough: Floats) -> Route:
+        places, scores, nearest = self._best(prompt, rough)
+        candidates = candidates_at(places, self._keys, scores)
+        labels = [self.groups[nearest[place]].label for place in places[:2]]
         first = candidates[0]
-        reason = f"nearest skill {self._label(nearest, first)!r} of {first.expert}, cosine {first.score:.2f}"
-        threshold = self.thresholds[nearest[first.expert]]
+        reason = f"nearest skill {labels[0]!r} of {first.expert}, cosine {first.score:.2f}"
+        threshold = self.thresholds[nearest[places[0]]]
         if first.score < threshold:
             return Route((), candidates, f"{reason}, is under its threshold {threshold:.2f}; the base answers")
         if len(candidates) > 1:
             second = candidates[1]
-            reason += f"; next {self._label(nearest, second)!r} of {second.expert}, {second.score:.2f}"
+            reason += f"; next {labels[1]!r} of {second.expert}, {second.score:.2f}"
         chosen = [
             candidate
-            for candidate in candidates[: self.options.top]
-            if candidate.score >= self.thresholds[nearest[candidate.expert]]
+            for candidate, place in zip(candidates[: self.options.top], places.tolist(), strict=False)
+            if candidate.score >= self.thresholds[nearest[place]]
         ]
         return Route(softmax_weights(chosen, temperature=self.options.temperature), candidates, reason)
 
-    def _label(self, nearest: Mapping[str, int], candidate: Candidate) -> str:
-        return self.groups[nearest[candidate.expert]].label
+    def _best(self, prompt: Floats, rough: Floats) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """(places of the best experts; the scores of all places, -inf but there; each place's nearest group).
 
-    def _calibrated(self, embedder: Embedder) -> list[float]:
-        """Per skill, between the weakest of its own exemplars and the strongest of other experts', by `strictness`.
-
-        Weakest and strongest are the `reject` quantile and its counterpart from above, of the scores of exemplars left
-        out of the space that scores them (every FOLDS-th of each group in turn). Own exemplars alone would set the
-        threshold too high: they share their wordings, so left-out ones fit better than a user's own words do. Where
-        others reach as high as its own, a skill keeps to its own; without other experts the strongest counts as 0. A
-        skill with fewer than ENOUGH left-out exemplars takes the quantile of all skills together.
+        The last bits of a product depend on the size of the batch, and routes must not: float32 scores say who may be
+        among the best, and these are scored again in float64 and rounded.
         """
-        own: list[list[float]] = [[] for _ in self.groups]
-        others: list[list[float]] = [[] for _ in self.groups]
-        for fold in range(FOLDS):
-            kept = [_Group(g.expert, g.label, _without(g.texts, fold)) for g in self.groups]
-            present = [index for index, group in enumerate(kept) if group.texts]
-            left_out = [(place, text) for place, i in enumerate(present) for text in self.groups[i].texts[fold::FOLDS]]
-            if not left_out:
-                continue
-            maker = self._new_embedder() if self._fitted else embedder
-            space = _Space([kept[index] for index in present], maker, self.options.mode, fit=self._fitted)
-            scores = space.scores([text for _, text in left_out])
-            experts = np.array([self.groups[index].expert for index in present])
-            for row, (place, _) in zip(scores, left_out, strict=True):
-                own[present[place]].append(float(row[place]))
-                for other in np.flatnonzero(experts != experts[place]):
-                    others[present[other]].append(float(row[other]))
-        together = _low([score for scores in own for score in scores], self.options.reject)
-        return [
-            _between(
-                _low(mine, self.options.reject) if len(mine) >= ENOUGH else together,
-                -_low([-score for score in theirs], self.options.reject) if theirs else 0.0,
-                self.options.strictness,
-            )
-            for mine, theirs in zip(own, others, strict=True)
-        ]
+        most = max(SHOWN, self.options.top)
+        best = np.maximum.reduceat(rough, self._first)
+        scores = np.full(len(best), -np.inf)
+        nearest = self._first.copy()
+        if not prompt.any():
+            scores[:] = 0
+            return best_places(scores, most), scores, nearest
+        least = np.partition(best, len(best) - most)[len(best) - most] if most < len(best) else best.min()
+        ends = np.concatenate([self._first[1:], [len(rough)]])
+        per_group = np.repeat(best, ends - self._first)
+        groups = np.flatnonzero((rough >= per_group - _SLACK) & (per_group >= least - _SLACK))
+        owners = np.searchsorted(self._first, groups, side="right") - 1
+        exact = np.round(self._space.exact(prompt, groups), DIGITS) + 0.0  # no -0
+        # Backwards and by score, so that the best of an expert's groups is written last, of equal ones the first.
+        for at in np.lexsort((-groups, exact)):
+            scores[owners[at]], nearest[owners[at]] = exact[at], groups[at]
+        return best_places(scores, most), scores, nearest
 
 
-def _between(own: float, others: float, strictness: float) -> float:
-    return others + strictness * (own - others) if others < own else own
-
-
-class _Space:
-    """Groups in an embedding space: texts -> the score of each group."""
-
-    def __init__(self, groups: Sequence[_Group], embedder: Embedder, mode: str, *, fit: bool) -> None:
-        texts = [text for group in groups for text in group.texts]
-        ends = np.cumsum([len(group.texts) for group in groups]).tolist()
-        self.parts = [slice(end - len(group.texts), end) for group, end in zip(groups, ends, strict=True)]
-        embedder.fit(texts)
-        self.embedder, self.mode = embedder, mode
-        self.exemplars = embedder.embed(texts)
-        self.centroids = _unit(np.stack([self.exemplars[part].mean(axis=0) for part in self.parts]))
-        self.familiarity = Familiarity(texts) if fit else None
-
-    def scores(self, texts: Sequence[str]) -> Floats:
-        """[n] texts -> [n, groups]."""
-        embeddings = self.embedder.embed(texts)
-        if self.mode == "centroid":
-            scores = embeddings @ self.centroids.T
-        else:
-            similar = embeddings @ self.exemplars.T
-            scores = np.stack([_nearest_mean(similar[:, part]) for part in self.parts], axis=1)
-        if self.familiarity is not None:
-            scores = scores * self.familiarity.of(texts)[:, None]
-        return scores
-
-
-def _by_skill(expert: RoutableExpert) -> dict[str, tuple[str, ...]]:
-    """label -> exemplars. Without labels, all exemplars of an expert are one group that bears its key."""
-    labels = expert.exemplar_skills or ("",) * len(expert.exemplars)
-    groups: dict[str, list[str]] = {}
-    for text, skill in zip(expert.exemplars, labels, strict=True):
-        if text.strip():
-            groups.setdefault(skill or expert.key, []).append(text)
-    return {label: tuple(texts) for label, texts in groups.items()}
-
-
-def _without(texts: Sequence[str], fold: int) -> tuple[str, ...]:
-    return tuple(text for index, text in enumerate(texts) if index % FOLDS != fold)
-
-
-def _nearest_mean(similar: Floats) -> Floats:
-    """[n, m] -> the mean of each row's largest cosines [n]."""
-    count = min(NEIGHBOURS, similar.shape[1])
-    nearest: Floats = np.sort(similar, axis=1)[:, -count:].mean(axis=1)
-    return nearest
-
-
-def _unit(vectors: Floats) -> Floats:
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    unit: Floats = (vectors / np.maximum(length, 1e-12)).astype(np.float32)
-    return unit
-
-
-def _low(scores: Sequence[float], share: float) -> float:
-    # Exemplars that stand alone leave nothing to compare with: then any likeness is enough.
-    return float(np.quantile(scores, share, method="lower")) if scores else 1e-5
+def _of_others(expert: RoutableExpert, embedder: str) -> str:
+    """What to say of prototypes that an expert has, but not of the embedder in use."""
+    if not expert.prototypes:
+        return ""
+    return f" and no prototypes of embedder {embedder} (it has those of {', '.join(sorted(expert.prototypes))})"
 
 
 PLUGIN = CentroidRouter

@@ -36,14 +36,17 @@ from xpert.experts.server.registry_pages import RegistryPages
 from xpert.experts.server.request_watch import RequestWatch
 from xpert.experts.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, RouteBody
 from xpert.experts.server.service import Service
+from xpert.experts.server.watching import Watch
 
 __all__ = ["create_app"]
 
 PAGE = Path(__file__).with_name("page.html")
 
 
-def create_app(generations: Generations, options: ServeOptions | None = None, *, device: str = "auto") -> FastAPI:
-    """The application; its engine thread lives as long as the application runs."""
+def create_app(
+    generations: Generations, options: ServeOptions | None = None, *, device: str = "auto", watch: Watch | None = None
+) -> FastAPI:
+    """The application; its engine thread, and the watch over what it serves, live as long as the application runs."""
     options = options or ServeOptions()
     service = Service(generations, options)
     space = open_server_space(options.embedder, device=device)
@@ -51,7 +54,11 @@ def create_app(generations: Generations, options: ServeOptions | None = None, *,
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        if watch is not None:
+            watch.start()
         yield
+        if watch is not None:
+            await asyncio.to_thread(watch.close)
         await asyncio.to_thread(service.stop)
 
     app = FastAPI(

@@ -28,6 +28,7 @@ _ERROR = {
 _WHY = {
     400: "A parameter is wrong; the message names it",
     401: "The API key is missing or unknown",
+    403: "The API key may not ask for this model",
     404: "There is no such model, or no such page",
     405: "The method is not allowed",
     408: "The deadline passed, or the body came too slowly",
@@ -38,7 +39,7 @@ _WHY = {
     503: "The server is shutting down, or the engine has stopped",
 }
 _GET = (401, 404, 422, 429, 500, 503)
-_POST = (400, 401, 404, 408, 413, 422, 429, 500, 503)
+_POST = (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)
 _PAGES = {"/": "text/html", "/registry": None, "/registry/{path:path}": "text/html", "/metrics": "text/plain"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from xpert.errors import BadInput, XpertError
-from xpert.experts.server.failures import Busy, Denied
+from xpert.experts.server.failures import failure_headers
+from xpert.experts.server.request_watch import request_id_of
 from xpert.experts.server.streams import ClientGone
 
 __all__ = ["add_error_handlers", "error_body", "error_event"]
@@ -53,13 +53,7 @@ def error_event(error: Exception) -> str:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, XpertError)
-    headers = {}
-    if isinstance(error, Busy):
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-        headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
-    if isinstance(error, Denied):
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), error.http_status, headers=headers)
+    return JSONResponse(error_body(error), error.http_status, headers=failure_headers(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -74,5 +68,7 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(error_body(error), 500)
+    # Answered outside of RequestWatch, and so without its header: here above all, somebody will look for the id.
+    id = request_id_of(request.scope)
+    log.error("%s %s failed (request %s)", request.method, request.url.path, id, exc_info=error)
+    return JSONResponse(error_body(error), 500, headers={"x-request-id": id})

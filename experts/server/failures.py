@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from xpert.errors import BadInput, XpertError
+import math
 
-__all__ = ["Busy", "Denied", "Late", "TooLarge"]
+from xpert.errors import BadInput, Unavailable, XpertError
+
+__all__ = ["Busy", "Denied", "Forbidden", "Late", "TooLarge", "failure_headers"]
 
 
 class Denied(BadInput):
@@ -13,6 +15,14 @@ class Denied(BadInput):
     http_status = 401
     kind = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(BadInput):
+    """The key may not ask for this model."""
+
+    http_status = 403
+    kind = "permission_error"
+    code = "model_not_allowed"
 
 
 class TooLarge(BadInput):
@@ -40,3 +50,19 @@ class Late(XpertError):
     http_status = 408
     kind = "timeout_error"
     code = "deadline_exceeded"
+
+
+def failure_headers(error: XpertError) -> dict[str, str]:
+    """What a reply with this error tells the client beside its body.
+
+    `Retry-After` is in whole seconds, rounded up; `retry-after-ms`, which OpenAI's clients read first, is exact. After
+    a body that was not read to its end the connection is of no more use, and one that is kept would hold up a stop.
+    """
+    if isinstance(error, Busy):
+        seconds = max(error.retry_after, 0.001)
+        return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    if isinstance(error, Denied):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, TooLarge | Late | Unavailable):
+        return {"connection": "close"}
+    return {}

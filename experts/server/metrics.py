@@ -108,20 +108,18 @@ class ServerMetrics:
             "xpert_base_fallbacks", "Requests for the mixture that its router left to the base model.", registry=to
         )
         self._left = Counter("xpert_clients_left", "Requests whose client left before the reply's end.", registry=to)
-        for kind in ("prompt", "completion"):
-            self._tokens.labels(kind)  # at 0 from the start, so that a rate has something to begin from
-        self._experts: frozenset[str] = frozenset()
+        # Made at once, and so at 0 from the start: a rate has something to begin from.
+        self._prompt, self._completion = self._tokens.labels("prompt"), self._tokens.labels("completion")
+        self._experts: dict[str, Counter] = {}
         self.serve(experts)
         to.register(_Standing(moment))
 
     def serve(self, experts: Iterable[str]) -> None:
         """The experts of the current mixture: new ones begin at 0, and the series of those that are gone end."""
         keys = frozenset(experts)
-        for key in self._experts - keys:
+        for key in self._experts.keys() - keys:
             self._by_expert.remove(key)
-        for key in keys - self._experts:
-            self._by_expert.labels(key)
-        self._experts = keys
+        self._experts = {key: self._by_expert.labels(key) for key in sorted(keys)}
 
     def observe(self, seen: Seen) -> None:
         """Counts a request that has ended. An expert that is no longer served is not counted."""
@@ -136,11 +134,11 @@ class ServerMetrics:
             self._first_token.observe(facts.first_token_seconds)
         if facts.token_seconds is not None and facts.completion_tokens is not None and facts.completion_tokens > 1:
             self._per_token.observe(facts.token_seconds / (facts.completion_tokens - 1))
-        self._tokens.labels("prompt").inc(facts.prompt_tokens or 0)
-        self._tokens.labels("completion").inc(facts.completion_tokens or 0)
+        self._prompt.inc(facts.prompt_tokens or 0)
+        self._completion.inc(facts.completion_tokens or 0)
         for key in facts.experts:
-            if key in self._experts:
-                self._by_expert.labels(key).inc()
+            if (expert := self._experts.get(key)) is not None:
+                expert.inc()
         if facts.fell_back:
             self._fallbacks.inc()
 

@@ -24,7 +24,7 @@ from xpert.experts.server.replies import Task
 from xpert.experts.server.request_log import RequestLog, RequestRecord
 from xpert.experts.server.request_watch import Hear
 from xpert.experts.server.streams import ClientGone
-from xpert.experts.server.tracing import open_tracing, reply_attributes
+from xpert.experts.server.tracing import open_tracing, reply_attributes, request_attributes
 
 __all__ = ["Operation"]
 
@@ -102,6 +102,8 @@ class Operation:
             facts.experts = call.experts
             facts.fell_back = first.routed and not first.route.experts
             self._times(call)
+            operation = "chat" if call.id.startswith("chatcmpl") else "text_completion"
+            call.span.set(request_attributes(operation, call.model, first.sampling))
         call.span.set(
             reply_attributes(
                 call.id,
@@ -122,7 +124,9 @@ class Operation:
             return
         first = min(spans, key=lambda timing: timing.first or 0.0)
         assert first.first is not None and first.last is not None
-        call.facts.queue_seconds = max(0.0, (first.began or first.first) - first.submitted)
+        began = first.began or first.first
+        call.facts.queue_seconds = max(0.0, began - first.submitted)
+        call.span.past("queue", first.submitted, began)
         call.facts.first_token_seconds = first.first - call.arrived
         if len(call.tasks) == 1:
             call.facts.token_seconds = first.last - first.first

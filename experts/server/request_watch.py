@@ -96,8 +96,7 @@ class RequestWatch:
         async def watched_receive() -> Message:
             nonlocal left
             message = await receive()
-            if message["type"] == "http.disconnect" and not complete:
-                left = True
+            left = left or message["type"] == "http.disconnect"
             return message
 
         async def watched_send(message: Message) -> None:
@@ -130,7 +129,7 @@ class RequestWatch:
             try:
                 hear(seen)
             except Exception:
-                # A full disk under the log, say: the request itself was served.
+                # A full disk under the log, say: the request itself was served, and the others must hear of it too.
                 log.exception("a request that has ended could not be noted")
 
 

@@ -21,7 +21,7 @@ from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
 from xpert.experts.server.calls import Call, Heard, Reply
 from xpert.experts.server.errors import error_event
-from xpert.experts.server.failures import Denied
+from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
 from xpert.experts.server.metrics import Moment, engine_figures
 from xpert.experts.server.model_names import Asked, Way, parse_model
@@ -34,7 +34,7 @@ from xpert.experts.server.request_watch import facts_of
 from xpert.experts.server.schema import ParameterError
 from xpert.experts.server.streams import EventStream, merged, until_gone, with_first
 from xpert.experts.server.token_texts import TokenTexts
-from xpert.experts.server.tracing import route_attributes
+from xpert.experts.server.tracing import http_attributes, route_attributes
 from xpert.protocols import Constraint, Piece, RouteRequest, Sampling, TokenLogprob
 
 __all__ = ["Events", "Pieces", "Service", "check_many"]
@@ -129,7 +129,8 @@ class Service:
             generation = resources.enter_context(self.generations.hold())
             id = f"{kind}-{uuid.uuid4().hex}"
             name = f"{request.method} {request.url.path}"
-            span = self.operation.tracing.request(name, request.scope["headers"], {"gen_ai.request.model": model})
+            about = {**http_attributes(request.method, request.url.path), "gen_ai.request.model": model}
+            span = self.operation.tracing.request(name, request.scope["headers"], about)
             facts = facts_of(request.scope)
             call = Call(id, model, generation, deadline, resources, span, facts, stop, holder, places=places)
             self._calls[id] = call
@@ -138,7 +139,7 @@ class Service:
             facts.model = model
             facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
             if holder is not None and not holder.allows(_plain_name(model, generation)):
-                raise Denied(f"this key may not ask for {model!r}")
+                raise Forbidden(f"this key may not ask for {model!r}")
         except BaseException:
             await resources.aclose()
             raise

@@ -16,6 +16,7 @@ be begun and ended on different threads, since a child is made from its parent a
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -36,6 +37,7 @@ __all__ = [
     "NoTracing",
     "Span",
     "Tracing",
+    "http_attributes",
     "open_tracing",
     "reply_attributes",
     "request_attributes",
@@ -54,6 +56,9 @@ class Span(Protocol):
     def set(self, attributes: Mapping[str, Attribute]) -> None: ...
 
     def child(self, name: str, attributes: Mapping[str, Attribute] | None = None) -> Span: ...
+
+    def past(self, name: str, begun: float, ended: float) -> None:
+        """A child that is over already; times as of `time.monotonic`."""
 
     def end(self, error: BaseException | None = None) -> None: ...
 
@@ -100,6 +105,9 @@ class _NoSpan:
 
     def child(self, name: str, attributes: Mapping[str, Attribute] | None = None) -> Span:
         return self
+
+    def past(self, name: str, begun: float, ended: float) -> None:
+        pass
 
     def end(self, error: BaseException | None = None) -> None:
         pass
@@ -186,6 +194,15 @@ class _TracedSpan:
         parent = set_span_in_context(self._span, Context())
         return _TracedSpan(self._tracer, self._tracer.start_span(name, parent, attributes=attributes))
 
+    def past(self, name: str, begun: float, ended: float) -> None:
+        from opentelemetry.context import Context
+        from opentelemetry.trace import set_span_in_context
+
+        epoch = time.time_ns() - time.monotonic_ns()
+        parent = set_span_in_context(self._span, Context())
+        child = self._tracer.start_span(name, parent, start_time=epoch + int(begun * 1e9))
+        child.end(epoch + int(max(begun, ended) * 1e9))
+
     def end(self, error: BaseException | None = None) -> None:
         """An error is told by its kind alone: its words may hold what the user wrote. What the client did wrong is, by
         the conventions, no error of the server."""
@@ -212,7 +229,12 @@ class _TracedSpan:
 # ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def request_attributes(operation: str, model: str, sampling: Sampling, *, stream: bool) -> dict[str, Attribute]:
+def http_attributes(method: str, route: str) -> dict[str, Attribute]:
+    """Of the request's span: `route` is the path's pattern."""
+    return {"http.request.method": method, "http.route": route}
+
+
+def request_attributes(operation: str, model: str, sampling: Sampling) -> dict[str, Attribute]:
     """Of the request's span: what was asked for. `operation` is a word of the conventions: chat, text_completion."""
     found: dict[str, Attribute] = {
         "gen_ai.operation.name": operation,
@@ -221,7 +243,6 @@ def request_attributes(operation: str, model: str, sampling: Sampling, *, stream
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
-        "gen_ai.request.stream": stream,
     }
     if sampling.top_k:
         found["gen_ai.request.top_k"] = sampling.top_k

@@ -22,6 +22,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
+GROUPS = ("aggregator", "keys", "pool", "registry", "router", "shots")
+
+
 def snippets(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
@@ -46,7 +49,7 @@ def test_commands_of_the_readme_exist_with_their_options(xpert: Callable[..., Re
         words = line.split("#")[0].split()
         if not words or words[0] != "xpert":
             continue
-        command = words[1:3] if words[1] in ("pool", "registry", "shots") else words[1:2]
+        command = words[1:3] if words[1] in GROUPS else words[1:2]
         result = xpert(*command, "--help")
         assert result.exit_code == 0, line
         for flag in (word for word in words if word.startswith("-")):

@@ -53,7 +53,7 @@ def test_a_body_that_says_it_is_too_large_is_not_read(ask: Ask) -> None:
 
 @pytest.mark.parametrize("told", [None, "3", "-1", "many", "１２", ""])
 def test_a_body_is_counted_whatever_it_says(told: str | None, ask: Ask) -> None:
-    app, _ = reader(read_body, most=10)
+    app, _ = reader(read_body, most=10, seconds=5)
     headers = [("content-length", told)] if told is not None and told.isascii() else []
     assert isinstance(ask(app, headers=headers, chunks=[b"x" * 6, b"x" * 5], ever=True).raised, TooLarge)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv.attributes import http_attributes as http_conventions
 from opentelemetry.trace import SpanKind, StatusCode
 
 from xpert.errors import BadInput, Unavailable
@@ -18,6 +20,7 @@ from xpert.experts.server.tracing import (
     NoTracing,
     OpenTelemetry,
     Tracing,
+    http_attributes,
     open_tracing,
     reply_attributes,
     request_attributes,
@@ -52,7 +55,7 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
 
 
 def one_request(tracing: Tracing, headers: list[tuple[bytes, bytes]]) -> None:
-    asked = request_attributes("chat", "pair", Sampling(max_tokens=64, temperature=0.5, top_k=5, seed=3), stream=True)
+    asked = request_attributes("chat", "pair", Sampling(max_tokens=64, temperature=0.5, top_k=5, seed=3))
     with tracing.request("POST /v1/chat/completions", headers, asked) as request:
         with request.child("route") as route:
             route.set(route_attributes(ROUTE))
@@ -85,7 +88,6 @@ def test_the_spans_of_a_request(tracing: OpenTelemetry, exporter: InMemorySpanEx
         "gen_ai.request.top_p": 1.0,
         "gen_ai.request.top_k": 5,
         "gen_ai.request.seed": 3,
-        "gen_ai.request.stream": True,
         "gen_ai.response.id": "id",
         "gen_ai.response.model": "pair",
         "gen_ai.response.finish_reasons": ("stop",),
@@ -103,9 +105,11 @@ def test_the_spans_of_a_request(tracing: OpenTelemetry, exporter: InMemorySpanEx
 
 def test_names_of_attributes_are_those_of_the_conventions() -> None:
     known = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
-    ours = request_attributes("chat", "m", Sampling(seed=1, top_k=1), stream=False)
+    ours = request_attributes("chat", "m", Sampling(seed=1, top_k=1))
     ours |= reply_attributes("id", "m", finished=[], prompt_tokens=0, completion_tokens=0)
     assert set(ours) <= known
+    http = {value for value in vars(http_conventions).values() if isinstance(value, str)}
+    assert set(http_attributes("GET", "/")) <= http
     operations = {value.value for value in gen_ai_attributes.GenAiOperationNameValues}
     assert {"chat", "text_completion", "embeddings"} <= operations
 
@@ -150,6 +154,20 @@ def test_a_span_ends_once_on_whatever_thread(tracing: OpenTelemetry, exporter: I
     assert spans["c"].parent == spans["r"].context
 
 
+def test_a_span_of_the_past_lies_where_it_was(tracing: OpenTelemetry, exporter: InMemorySpanExporter) -> None:
+    before = time.time_ns()
+    with tracing.request("r") as request:
+        now = time.monotonic()
+        request.past("queue", now - 2.0, now - 0.5)
+        request.past("nothing", now, now - 1.0)
+    queue = by_name(exporter)["queue"]
+    assert queue.start_time is not None and queue.end_time is not None
+    assert queue.end_time - queue.start_time == pytest.approx(1.5e9, abs=1e6)
+    assert queue.start_time == pytest.approx(before - 2e9, abs=1e9)
+    assert queue.parent == by_name(exporter)["r"].context
+    assert by_name(exporter)["nothing"].end_time == by_name(exporter)["nothing"].start_time
+
+
 def test_the_process_keeps_its_own_tracing(tracing: OpenTelemetry) -> None:
     with tracing.request("r"):
         assert trace.get_tracer_provider() is not tracing.provider
@@ -172,6 +190,7 @@ def test_switched_off_nothing_happens() -> None:
     assert isinstance(tracing, NoTracing)
     one_request(tracing, [(b"traceparent", f"00-{TRACE}-{PARENT}-01".encode())])
     with pytest.raises(ValueError), tracing.request("r") as span:
+        span.past("queue", 0.0, 1.0)
         span.end()
         raise ValueError
     tracing.close()
