@@ -51,7 +51,12 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
         "learned_routers": ["--prompts", prompts or str(data.suite), "--experts", "10", "--repeats", "1"],
+        "held_out_routing": [
+            *("--pool", str(data.pool), "--shots", str(every_shot), "--prompts", str(data.suite)),
+            *("--base", base_model(), "--work", str(folder / "held-out"), "--rows", "64", "--own", "8"),
+        ],
         "routing_speed": ["--experts", "100,1000", "--requests", "50"],
+        "aggregators": ["--suite", str(data.suite), "--limit", "1", "--max-tokens", "8"],
         "engine": ["--repeats", "2"],
         "constraints": ["--repeats", "1"],
         "merging": ["--width", "64", "--layers", "1"],

@@ -70,7 +70,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def walk(grammars: Grammars, constraint: Constraint, ends: frozenset[int]) -> tuple[list[float], list[float]]:
     """Seconds of each mask and of each advance."""
     random = np.random.default_rng(0)
-    masks, advances = [], []
+    masks: list[float] = []
+    advances: list[float] = []
     guide = grammars.guide(constraint, where="benchmark")
     while len(masks) < WALK:
         seconds, mask = timed(guide.mask)

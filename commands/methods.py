@@ -117,7 +117,7 @@ def _how_given(kind: str) -> str:
     """How a parameter of a plug-in of this kind is given."""
     if kind == "decoder":
         return "`Contrast.params` in Python"
-    option = {"gate": "gate-param", "engine": "engine-param"}.get(kind, "param")
+    option = {"gate": "gate-param", "engine": "engine-param", "aggregator": "aggregator-param"}.get(kind, "param")
     return f"--{option} KEY=VALUE, or `{option.replace('-', '_')}s:` in a --config file"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xpert.commands.options import Session, common_options, config_options, pairs, take
+from xpert.commands.options import Session, aggregator_options, common_options, config_options, pairs, take
 from xpert.errors import BadInput
 from xpert.experts.recruiting.options import RecruitOptions
 
@@ -43,6 +43,7 @@ __all__ = ["command"]
 @click.option(
     "--gate-param", "gate_params", multiple=True, metavar="KEY=VALUE", help="A parameter of the gate; may be repeated."
 )
+@aggregator_options
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="mixture.json"
 )
@@ -58,6 +59,8 @@ def command(
     params: tuple[str, ...],
     gate: str | None,
     gate_params: tuple[str, ...],
+    aggregator: str | None,
+    aggregator_params: tuple[str, ...],
     out: Path,
     **options: Any,
 ) -> None:
@@ -68,9 +71,11 @@ def command(
     shots have a column `rationale`), and that are not all alike. The output says why each is in or out.
 
     With --gate, the router says which experts a prompt may use, and the gate weighs those at every token and module;
-    `--router fixed` lets it choose among them all.
+    `--router fixed` lets it choose among them all. With --aggregator, each expert of a route answers by itself, and
+    one reply is made of the several; a router that names one expert only is refused where that leaves nothing to do.
     """
     from xpert.data import read_shots
+    from xpert.experts.aggregated import chosen_aggregator
     from xpert.experts.mixing import mix
     from xpert.experts.mixture import write_mixture
     from xpert.registry.opening import open_registry
@@ -85,6 +90,7 @@ def command(
         shots=read_shots(shots) if shots is not None else None,
         recruiting=_recruiting(options, shots),
         gate=_gate(gate, gate_params),
+        aggregator=chosen_aggregator(aggregator, pairs(aggregator_params, option="--aggregator-param")),
         base=base,
         name=out.stem,
         device=session.device,
@@ -129,6 +135,7 @@ def _gate(name: str | None, params: tuple[str, ...]) -> Any:
 
 def _text(out: Path, mixture: Any) -> str:
     behind = f"router {mixture.router}" + (f" and gate {mixture.gate.name}" if mixture.gate else "")
+    behind += f", with aggregator {mixture.aggregator.name}" if mixture.aggregator else ""
     lines = [f"{out}: {len(mixture.experts)} experts of {mixture.base.ref} behind {behind}"]
     if mixture.recruited:
         lines += [f"  {'in ' if r['chosen'] else 'out'}  {r['expert']}  {r['reason']}" for r in mixture.recruited]

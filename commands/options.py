@@ -21,7 +21,7 @@ from xpert.errors import BadInput, unknown
 from xpert.printable import printable
 from xpert.progress import SILENT, Progress, StreamProgress
 
-__all__ = ["Session", "common_options", "config_options", "engine_options", "pairs", "take"]
+__all__ = ["Session", "aggregator_options", "common_options", "config_options", "engine_options", "pairs", "take"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,20 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
     return click.option(
         "--engine", default="torch-lora", show_default=True, metavar="NAME", help="What runs the batches."
+    )(command)
+
+
+def aggregator_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --aggregator and --aggregator-param, as `aggregator` and `aggregator_params`."""
+    command = click.option(
+        "--aggregator-param",
+        "aggregator_params",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A parameter of the aggregator; may be repeated. See `xpert methods NAME --kind aggregator`.",
+    )(command)
+    return click.option(
+        "--aggregator", metavar="NAME", help="Makes one reply of several experts' (`xpert methods --kind aggregator`)."
     )(command)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from xpert.commands.options import Session, common_options, engine_options, pairs
+from xpert.commands.options import Session, aggregator_options, common_options, engine_options, pairs
 from xpert.errors import BadInput
 
 __all__ = ["command"]
@@ -47,6 +47,7 @@ __all__ = ["command"]
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer, and is left out of it; may be repeated.")
 @click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts answered at a time.")
+@aggregator_options
 @engine_options
 @common_options
 def command(
@@ -58,6 +59,8 @@ def command(
     base: str | None,
     max_batch: int,
     stop: tuple[str, ...],
+    aggregator: str | None,
+    aggregator_params: tuple[str, ...],
     engine: str,
     engine_params: tuple[str, ...],
     **sampling: Any,
@@ -65,9 +68,12 @@ def command(
     """Answer prompts with a mixture, in batches of mixed experts.
 
     Writes one JSON line per prompt, in their order: id, output, experts, reason, finished (stop or length), token
-    counts, and timings in seconds. Stopped by Ctrl-C, the same command goes on from the answers it has.
+    counts, and timings in seconds. Behind an aggregator also `aggregated`: by whom, why, and the replies behind it;
+    --aggregator takes another than the mixture's (`none`: no aggregator). Where the router names a second stage also
+    `stage` and `confidence`. Stopped by Ctrl-C, the same command goes on from the answers it has.
     """
     from xpert.data import read_prompts
+    from xpert.experts.aggregated import chosen_aggregator, with_aggregator
     from xpert.experts.answering import answer_file
     from xpert.experts.mixture import load_mixture
     from xpert.experts.serving import EngineChoice, MixtureRunner
@@ -82,8 +88,11 @@ def command(
         raise BadInput("--stop may not be empty")
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
+    aggregates = chosen_aggregator(aggregator, pairs(aggregator_params, option="--aggregator-param"))
     rows = read_prompts(prompts)
     loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
+    if aggregator is not None:
+        loaded = with_aggregator(loaded, aggregates)
     if base is not None:
         loaded = replace(loaded, base=replace(loaded.base, ref=base))
     lines = answer_file(

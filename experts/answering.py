@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from xpert.experts.journal import append_line, read_journal
 from xpert.experts.mixture import Mixture
 from xpert.experts.serving import EngineChoice, MixtureRunner, Reply
 from xpert.progress import SILENT, Progress
@@ -40,14 +40,14 @@ def answer_file(
     partial = out.parent / f".{out.name}.partial"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        done = _read_partial(partial, key)
+        done: dict[int, dict[str, Any]] = {line["index"]: line["reply"] for line in read_journal(partial, key)}
         left = [index for index in range(len(rows)) if index not in done]
         if done and left:
             progress.say(f"{len(done):,} of {len(rows):,} were answered before; going on with the rest")
         if left:
             with open(partial, "a" if done else "w", encoding="utf-8") as journal:
                 if not done:
-                    _append(journal, {"key": key})
+                    append_line(journal, {"key": key})
                 done |= _answer(open_runner(), rows, left, sampling, journal, progress)
         lines = [done[index] for index in range(len(rows))]
         write_file(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -67,7 +67,7 @@ def _answer(
 
     def finished(position: int, reply: Reply) -> None:
         found[left[position]] = reply.to_dict()
-        _append(journal, {"index": left[position], "reply": found[left[position]]})
+        append_line(journal, {"index": left[position], "reply": found[left[position]]})
 
     # Row i keeps its own seed whether or not the rows before it are answered again.
     try:
@@ -84,6 +84,9 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
         "experts": [[e.key, e.fingerprint, e.weight] for e in mixture.experts],
         "router": [mixture.router, dict(mixture.router_params)],
         "gate": mixture.gate and [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint],
+        **({"router_state": mixture.router_state.fingerprint} if mixture.router_state is not None else {}),
+        **({"calibration": mixture.calibration.to_dict()} if mixture.calibration is not None else {}),
+        "aggregator": mixture.aggregator and mixture.aggregator.to_dict(),
     }
 
 
@@ -94,32 +97,3 @@ def _engine(engine: EngineChoice | None) -> list[Any]:
 
 def _question(row: Row) -> Mapping[str, Any]:
     return {"id": row.id, "messages": row.chat(), "skill": row.skill}
-
-
-def _append(journal: TextIO, value: Mapping[str, Any]) -> None:
-    journal.write(json.dumps(value, ensure_ascii=False) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def _read_partial(path: Path, key: str) -> dict[int, dict[str, Any]]:
-    """Finished answers of an interrupted run of the same inputs. A line cut by a crash is answered again."""
-    if not path.is_file():
-        return {}
-    done: dict[int, dict[str, Any]] = {}
-    whole = 0
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream):
-            try:
-                value = json.loads(line) if line.endswith(b"\n") else None
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                value = None
-            if value is None:
-                break
-            if number == 0 and value.get("key") != key:
-                return {}
-            if number:
-                done[value["index"]] = value["reply"]
-            whole += len(line)
-    os.truncate(path, whole)
-    return done

@@ -63,10 +63,16 @@ def distil(
 
     A mixture teaches each row with the experts its router gives it (none: the base model), behind its gate if it has
     one; experts named one by one teach all rows with their weights. The error against the weighted sum is that of the
-    mean weights. Raises BadInput for rows without an answer within max_length, and for a loss that is no number.
+    mean weights. Raises BadInput for rows without an answer within max_length, for a loss that is no number, and for a
+    mixture with an aggregator.
     """
     options = options or DistilOptions()
     check_output(out)
+    if sources.mixture is not None and sources.mixture.aggregator is not None:
+        raise BadInput(
+            f"aggregator {sources.mixture.aggregator.name} makes replies of replies, and has no probabilities to teach",
+            hint="distil the mixture without it, or train on what `xpert run` answers",
+        )
     lm = load_model(base or sources.base.ref, device=device, progress=progress)
     if lm.fingerprint != sources.base.fingerprint:
         raise BadInput("this base model is not the one the experts were trained on", where=lm.ref)

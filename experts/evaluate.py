@@ -7,6 +7,7 @@ oracle and a random router cost little once every expert has answered.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,17 @@ from xpert.protocols import Engine, EngineRequest, Sampling, WeightedExperts
 from xpert.records import SuiteItem
 from xpert.registry.card import Interval
 
-__all__ = ["Asked", "EvalOptions", "Evaluation", "ItemResult", "Subject", "bootstrap", "evaluate", "usable_items"]
+__all__ = [
+    "Asked",
+    "EvalOptions",
+    "Evaluation",
+    "Given",
+    "ItemResult",
+    "Subject",
+    "bootstrap",
+    "evaluate",
+    "usable_items",
+]
 
 BOOTSTRAP_SAMPLES = 2000
 
@@ -51,16 +62,29 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Given:
+    """An answer that came of several requests: whose it is, and how many replies and tokens were generated for it."""
+
+    output: str
+    experts: WeightedExperts
+    replies: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Subject:
     """Something that answers: `assign` gives the weighted experts of each item (none: the base model alone).
 
     `gate`: the engine's gate that weighs them token by token, with what `biases` says of each item's experts.
+    `answers`: of a subject whose answers are more than one request each, the way they are made; it then answers by
+    these alone, and its choices by likelihood are not known.
     """
 
     name: str
     assign: Callable[[Sequence[SuiteItem]], Sequence[WeightedExperts]]
     gate: str | None = None
     biases: Callable[[Sequence[SuiteItem]], Sequence[WeightedExperts]] | None = None
+    answers: Callable[[Sequence[SuiteItem], Sampling], Sequence[Given]] | None = None
 
     def asks(self, items: Sequence[SuiteItem]) -> list[Asked]:
         """What the engine is asked for each item."""
@@ -78,7 +102,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """One subject's result on one item. `choice`: is the likeliest choice right? None where there are no choices."""
+    """One subject's result on one item. `choice`: is the likeliest choice right? None where there are no choices.
+
+    confidence: the geometric mean of the probabilities of the output's tokens, None where it was not asked for.
+    `given`: the answer came of several requests, so that it is nobody else's.
+    """
 
     id: str
     skill: str
@@ -87,6 +115,8 @@ class ItemResult:
     choice: bool | None
     experts: WeightedExperts
     asked: Asked | None = None
+    confidence: float | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +210,8 @@ def evaluate(
     options: EvalOptions | None = None,
     *,
     known: Evaluation | None = None,
+    confidences: bool = False,
+    weigh_choices: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -187,31 +219,54 @@ def evaluate(
 
     `encode` gives an item's prompt as token ids, `encode_answer` an answer's with the end of turn. Cost: one
     generation and one likelihood per choice for each distinct (item, experts), less what `known` (an evaluation of
-    the same items on the same engine) has answered.
+    the same items on the same engine) has answered. `confidences` has the engine tell its log-probabilities too;
+    without `weigh_choices` no choice's likelihood is computed. Subjects with `answers` of their own cost what these
+    cost.
     """
     options = options or EvalOptions()
-    assigned = {subject.name: subject.asks(items) for subject in subjects}
+    assigned = {subject.name: subject.asks(items) for subject in subjects if subject.answers is None}
     pairs = dict.fromkeys((i, asked) for rows in assigned.values() for i, asked in enumerate(rows))
     made = _made(items, known)
     wanted = [pair for pair in pairs if pair not in made]
     prompts = [encode(item) for item in items]
     begun = time.perf_counter()
-    outputs, tokens = _generate(engine, prompts, wanted, options, progress)
+    outputs, sure, tokens = _generate(engine, prompts, wanted, options, progress, confidences)
+    given = _given(items, subjects, Sampling(max_tokens=options.max_tokens, seed=seed))
+    tokens += sum(one.tokens for answers in given.values() for one in answers)
     answered = time.perf_counter()
-    choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress)
+    choices = _likeliest(engine, encode_answer, prompts, items, wanted, progress) if weigh_choices else {}
     spent = {"seconds": time.perf_counter() - begun, "answer_seconds": answered - begun, "tokens": tokens}
     for index, asked in wanted:
         made[index, asked] = ItemResult(
             id=items[index].row.id,
             skill=items[index].skill,
             output=outputs[index, asked],
-            score=score(items[index].metric, outputs[index, asked], items[index].answers, items[index].choices),
+            score=_score(items[index], outputs[index, asked]),
             choice=_is_right(items[index], choices.get((index, asked))),
             experts=asked.experts,
             asked=asked,
+            confidence=sure.get((index, asked)),
         )
-    results = {name: [made[index, asked] for index, asked in enumerate(rows)] for name, rows in assigned.items()}
-    return Evaluation(items, results, seed=seed, generated=len(wanted), spent=spent)
+    results: dict[str, list[ItemResult]] = {}
+    for subject in subjects:
+        if subject.answers is None:
+            results[subject.name] = [made[index, asked] for index, asked in enumerate(assigned[subject.name])]
+        else:
+            results[subject.name] = [
+                ItemResult(i.row.id, i.skill, one.output, _score(i, one.output), None, one.experts, given=True)
+                for i, one in zip(items, given[subject.name], strict=True)
+            ]
+    generated = len(wanted) + sum(one.replies for answers in given.values() for one in answers)
+    return Evaluation(items, results, seed=seed, generated=generated, spent=spent)
+
+
+def _score(item: SuiteItem, output: str) -> float:
+    return score(item.metric, output, item.answers, item.choices)
+
+
+def _given(items: Sequence[SuiteItem], subjects: Sequence[Subject], sampling: Sampling) -> dict[str, Sequence[Given]]:
+    """The answers of subjects that have a way of their own to make them."""
+    return {subject.name: subject.answers(items, sampling) for subject in subjects if subject.answers is not None}
 
 
 _Pair = tuple[int, Asked]
@@ -227,6 +282,7 @@ def _made(items: Sequence[SuiteItem], known: Evaluation | None) -> dict[_Pair, I
         (index, result.asked or Asked(result.experts)): result
         for rows in known.results.values()
         for index, result in enumerate(rows)
+        if not result.given
     }
 
 
@@ -236,18 +292,25 @@ def _generate(
     wanted: Sequence[_Pair],
     options: EvalOptions,
     progress: Progress,
-) -> tuple[dict[_Pair, str], int]:
-    sampling = Sampling(max_tokens=options.max_tokens)
+    confidences: bool,
+) -> tuple[dict[_Pair, str], dict[_Pair, float], int]:
+    """The outputs, their confidences where those are asked for (NaN without tokens), and the tokens generated."""
+    sampling = Sampling(max_tokens=options.max_tokens, logprobs=0 if confidences else None)
     requests = [asked.request(str(n), prompts[index], sampling) for n, (index, asked) in enumerate(wanted)]
     texts: dict[_Pair, list[str]] = {pair: [] for pair in wanted}
+    logprobs: dict[_Pair, list[float]] = {pair: [] for pair in wanted} if confidences else {}
     tokens = 0
     with progress.task("answering", len(requests)) as task:
         for piece in engine.generate(requests):
-            texts[wanted[int(piece.request_id)]].append(piece.text)
+            pair = wanted[int(piece.request_id)]
+            texts[pair].append(piece.text)
+            if confidences:
+                logprobs[pair] += [token.logprob for token in piece.tokens]
             if piece.finished:
                 tokens += piece.completion_tokens
                 task.advance()
-    return {pair: "".join(parts) for pair, parts in texts.items()}, tokens
+    sure = {pair: math.exp(sum(told) / len(told)) if told else math.nan for pair, told in logprobs.items()}
+    return {pair: "".join(parts) for pair, parts in texts.items()}, sure, tokens
 
 
 def _likeliest(

@@ -166,6 +166,7 @@ def write_pool(
         registry=old.registry if old else None,
         base=sources.base,
         gate=_kept_gate(old),
+        aggregator=old.aggregator if old else None,
     )
     write_mixture(folder / MIXTURE_FILE, mixture)
     return mixture

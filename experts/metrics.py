@@ -16,7 +16,16 @@ from typing import Any
 from xpert.errors import Unavailable, unknown
 from xpert.row_files import METRICS as METRIC_NAMES
 
-__all__ = ["METRICS", "RIGHT_OR_WRONG", "check_metric", "choice_index", "normalise", "score"]
+__all__ = [
+    "METRICS",
+    "RIGHT_OR_WRONG",
+    "check_metric",
+    "choice_index",
+    "choice_letter",
+    "last_number",
+    "normalise",
+    "score",
+]
 
 _EDGES = string.punctuation + "“”‘’«»…–—·" + string.whitespace
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
@@ -65,10 +74,10 @@ def _choice(prediction: str, answer: str) -> float:
     """1 where the option named first is the answer. The answer is an option's letter, or its text."""
     if len(answer.strip()) != 1 or not answer.strip().isalpha():
         return _exact(prediction, answer)
-    return float(_letter(prediction) == answer.strip().upper())
+    return float(choice_letter(prediction) == answer.strip().upper())
 
 
-def _letter(prediction: str) -> str | None:
+def choice_letter(prediction: str) -> str | None:
     """The option's letter a prediction names: `B`, `(b)`, `B. They eat`, `The answer is C`; not the word `A` or `I`."""
     named = _LETTER_NAMED.search(prediction) or _LETTER_FIRST.match(prediction)
     return next(letter for letter in named.groups() if letter).upper() if named else None
@@ -79,7 +88,7 @@ def choice_index(text: str, choices: Sequence[str]) -> int | None:
     folded = [normalise(choice) for choice in choices]
     if normalise(text) in folded:
         return folded.index(normalise(text))
-    letter = _letter(text)
+    letter = choice_letter(text)
     if letter is None:
         return None
     if letter.casefold() in folded:
@@ -90,13 +99,14 @@ def choice_index(text: str, choices: Sequence[str]) -> int | None:
 
 def _number(prediction: str, answer: str) -> float:
     """1 where the last number of the prediction equals the answer's last number (relative tolerance 1e-6)."""
-    found, wanted = _last_number(prediction), _last_number(answer)
+    found, wanted = last_number(prediction), last_number(answer)
     if wanted is None or found is None:
         return 0.0
     return float(abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted)))
 
 
-def _last_number(text: str) -> float | None:
+def last_number(text: str) -> float | None:
+    """The last number that stands in a text, thousands' commas read as such; None where there is none."""
     numbers = _NUMBER.findall(unicodedata.normalize("NFKC", text))
     return float(numbers[-1].replace(",", "")) if numbers else None
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput
-from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert, router_options
+from xpert.experts.aggregated import check_aggregator, open_aggregator
+from xpert.experts.aggregators.expert import AUTO
+from xpert.experts.mixture import (
+    AggregatorChoice,
+    GateChoice,
+    Mixture,
+    MixtureExpert,
+    assemble,
+    open_expert,
+    router_options,
+)
 from xpert.experts.recruiting.options import RecruitOptions
 from xpert.progress import SILENT, Progress
 from xpert.records import Shots
@@ -33,6 +43,7 @@ def mix(
     shots: Shots | None = None,
     recruiting: RecruitOptions | None = None,
     gate: GateChoice | None = None,
+    aggregator: AggregatorChoice | None = None,
     base: str | None = None,
     name: str = "mixture",
     device: str = "auto",
@@ -42,8 +53,8 @@ def mix(
     that belong to `base`, in their latest versions. With `shots`, of the group of them that `recruit` chooses.
 
     Of all experts, those that the router could never choose, since they lack what it goes by, stay out. Raises BadInput
-    where such an expert is named, where the experts belong to different bases, or for options of recruiting without
-    shots; NotFound where an expert does not exist.
+    where such an expert is named, where the experts belong to different bases, for options of recruiting without
+    shots, or for an aggregator that the router gives nothing to do; NotFound where an expert does not exist.
     """
     if recruiting is not None and shots is None:
         raise BadInput("experts are recruited by shots, and none are given", hint="give --shots FILE")
@@ -61,10 +72,14 @@ def mix(
         registry=registry.location,
         base=model,
         gate=gate,
+        aggregator=aggregator,
     )
+    _check_aggregator(mixture, device)
     if shots is None:
         return mixture
-    return _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+    recruited = _recruited(mixture, shots, recruiting or RecruitOptions(), device, progress)
+    _check_aggregator(recruited, device)
+    return recruited
 
 
 def _reachable(
@@ -98,6 +113,14 @@ def _reachable(
     for member in without:
         progress.say(f"out: {member.ref} has no {lacking[member.key]}, which router {router} needs")
     return kept
+
+
+def _check_aggregator(mixture: Mixture, device: str) -> None:
+    """Raises BadInput where the aggregator does not go with the router or the experts, unless it has yet to be chosen
+    who aggregates."""
+    check_aggregator(mixture)
+    if mixture.aggregator is not None and mixture.aggregator.params.get("expert") != AUTO:
+        open_aggregator(mixture, device=device)
 
 
 def _check_vectors(gate: GateChoice, members: Sequence[MixtureExpert]) -> None:
@@ -166,6 +189,7 @@ def _recruited(mixture: Mixture, shots: Shots, options: RecruitOptions, device: 
         base=mixture.base,
         recruited=found.lines(),
         gate=mixture.gate,
+        aggregator=mixture.aggregator,
     )
 
 

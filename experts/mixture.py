@@ -176,6 +176,12 @@ class Mixture:
             if key in (BASE, self.name):
                 raise BadInput(f"an expert may not be called {key!r}: that name means something else here")
         router_options(self.router, self.router_params)
+        if self.gate is not None and self.aggregator is not None:
+            raise BadInput(
+                f"gate {self.gate.name} and aggregator {self.aggregator.name} exclude each other: a gate mixes the "
+                "experts at every token, and an aggregator lets each answer by itself",
+                hint="leave one of them out",
+            )
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -118,6 +118,10 @@ def _tell(mixture: Mixture, out: Path, key: str, progress: Progress) -> None:
         progress.say(f"Another configuration's unfinished work is kept in {other} until this mixture is done.")
     if mixture.gate is not None:
         progress.say(f"The mixture's gate {mixture.gate.name} is replaced; the new router begins untrained.")
+    if mixture.aggregator is not None:
+        progress.say(
+            f"The mixture's aggregator {mixture.aggregator.name} is left out: it and a gate exclude each other."
+        )
     weighted = [expert.key for expert in mixture.experts if expert.weight != 1]
     if weighted:
         progress.say(f"Experts are trained, and then served, at weight 1: {', '.join(weighted)} had others.")

@@ -51,7 +51,7 @@ def write_trained_mixture(
         save_file(tensors, draft / GATE_FILE, metadata={"experts": json.dumps(list(gate.experts))})
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         choice = GateChoice(gate.name, gate.options.to_dict(), out.resolve() / GATE_FILE, hash_file(draft / GATE_FILE))
-        written = replace(mixture, experts=tuple(members), registry=None, created=created, gate=choice)
+        written = replace(mixture, experts=tuple(members), registry=None, created=created, gate=choice, aggregator=None)
         write_json(draft / MIXTURE_FILE, written.to_dict(anchor=out.resolve()))
         write_file(draft / LOG_FILE, log)
         write_manifest(draft, KIND, inputs=inputs, config=config, seed=trained.seed, figures=trained.figures())

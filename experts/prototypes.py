@@ -72,10 +72,10 @@ def add_prototypes(
 ) -> Prototypes:
     """Makes the prototypes of the expert in `folder` and writes them into its `prototypes.safetensors` and its card.
 
-    Of every skill up to `centroids` of them, from the exemplars that routers see; those of other embedders stay. Made
-    again to the same vectors, nothing is written. `base` is where the base model of embedder `lm` lies, if not where
-    the card says. Raises BadInput for an expert without exemplars and for what `open_space` refuses. Cost: embedding
-    at most 64 texts.
+    Of every skill up to `centroids` of them, from the exemplars that routers see; those of other embedders stay (once
+    pilots were added, make each embedder's again). Made again to the same vectors, nothing is written. `base` is where
+    the base model of embedder `lm` lies, if not where the card says. Raises BadInput for an expert without exemplars
+    and for what `open_space` refuses. Cost: embedding at most 128 texts.
     """
     card = ExpertCard.read(folder)
     expert = open_expert(folder).routable()

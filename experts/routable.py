@@ -26,6 +26,7 @@ def routable_expert(key: str, folder: Path, card: ExpertCard) -> RoutableExpert:
     kept = [
         line for line in lines if line.get("kind") == "shot" or not own or not line.get("skill") or line["skill"] in own
     ]
+    kept.sort(key=lambda line: line.get("kind") == "pilot")  # the last, as `pilots` counts them
     profile = card.profile
     return RoutableExpert(
         key=key,
@@ -37,6 +38,7 @@ def routable_expert(key: str, folder: Path, card: ExpertCard) -> RoutableExpert:
         keyword_votes=keyword_votes(profile) if profile else {},
         prototypes={part.embedder: (part.labels, read_prototypes(folder, part)) for part in card.prototypes},
         costs=_costs(folder / WEIGHTS_FILE, profile),
+        pilots=sum(line.get("kind") == "pilot" for line in kept),
     )
 
 

@@ -14,27 +14,29 @@ from xpert.experts.router_state import read_router_state
 from xpert.protocols import Escalation, Route, Router, RouteRequest, RouterState
 from xpert.records import Row
 
-__all__ = ["MixtureRouter", "explain", "open_router", "route_request"]
+__all__ = ["MixtureRouter", "explain", "open_router", "options_for", "route_request"]
 
 
 class MixtureRouter:
-    """The router of a mixture after `prepare`, with the experts' weights of the mixture applied."""
+    """The router of a mixture after `prepare`, with the mixture's calibration and its experts' weights applied.
 
-    def __init__(self, mixture: Mixture, *, seed: int = 0, device: str = "auto") -> None:
-        options = router_options(mixture.router, mixture.router_params)
-        if getattr(options, "base", "") is None:  # a router that can use the base model is told which one it is
-            options = dataclasses.replace(options, base=mixture.base.ref)
-        self.router: Router = open_router(mixture, options, seed=seed, device=device)
-        self.router.prepare([expert.routable() for expert in mixture.experts])
+    `router`: one that is ready already, in place of the mixture's own.
+    """
+
+    def __init__(self, mixture: Mixture, *, router: Router | None = None, seed: int = 0, device: str = "auto") -> None:
+        if router is None:
+            router = open_router(mixture, options_for(mixture), seed=seed, device=device)
+            router.prepare([expert.routable() for expert in mixture.experts])
+        self.router: Router = router
         self._calibration = mixture.calibration
         self._gate = mixture.gate.name if mixture.gate is not None else None
         self._weight = {expert.key: expert.weight for expert in mixture.experts}
 
     def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        routes = self.router.route(requests)
-        if self._calibration is not None:
-            routes = [self._calibration.applied(route) for route in routes]
-        return [self._weighted(route) for route in routes]
+        routes = [self._weighted(route) for route in self.router.route(requests)]
+        if self._calibration is None:
+            return routes
+        return [self._calibration.applied(route) for route in routes]
 
     def _weighted(self, route: Route) -> Route:
         if self._gate is not None and route.experts:
@@ -45,6 +47,14 @@ class MixtureRouter:
         total = sum(weight for _, weight in scaled)
         scaled.sort(key=lambda pair: (-pair[1], pair[0]))
         return dataclasses.replace(route, experts=tuple((key, weight / total) for key, weight in scaled))
+
+
+def options_for(mixture: Mixture) -> Any:
+    """The options of the mixture's router; one that can use the base model is told which one it is."""
+    options = router_options(mixture.router, mixture.router_params)
+    if getattr(options, "base", "") is None:
+        options = dataclasses.replace(options, base=mixture.base.ref)
+    return options
 
 
 def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Router:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xpert import plugins
 from xpert.errors import BadInput, Corrupt, NotFound
+from xpert.experts.aggregated import open_aggregator
 from xpert.experts.mixture import BASE, GateChoice, Mixture, gate_options
-from xpert.experts.routing import MixtureRouter, explain, route_request
+from xpert.experts.reply import Reply
+from xpert.experts.routing import MixtureRouter, route_request
+from xpert.experts.row_answers import answer_aggregated, answer_in_stages
 from xpert.progress import SILENT, Progress
-from xpert.protocols import Constraint, EngineRequest, Gate, Route, RouteRequest, Sampling, WeightedExperts
+from xpert.protocols import (
+    Aggregator,
+    Constraint,
+    EngineRequest,
+    Gate,
+    Route,
+    RouteRequest,
+    Sampling,
+    WeightedExperts,
+)
 from xpert.records import Message, Row
 
 if TYPE_CHECKING:
@@ -40,34 +51,6 @@ class EngineChoice:
         return plugins.load("engine", self.name).Options.from_mapping(self.params, where=f"engine {self.name}")
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer, who gave it and why; timings in seconds since the batch began.
-
-    queued: until the engine took the request; first_token: until its first text; total: until its end.
-    """
-
-    id: str
-    output: str
-    route: Route
-    finished: str
-    prompt_tokens: int
-    completion_tokens: int
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "output": self.output,
-            "experts": explain(self.id, self.route)["experts"],
-            "reason": self.route.reason,
-            "finished": self.finished,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
-        }
-
-
 class MixtureRunner:
     """A mixture with its base model loaded once and all its experts in one engine.
 
@@ -81,15 +64,17 @@ class MixtureRunner:
         engine: Any,
         router: MixtureRouter,
         *,
+        aggregator: Aggregator | None = None,
         keys: Mapping[str, str] | None = None,
         gate: str = GATE,
     ) -> None:
         """`keys`: key in the mixture -> the engine's, and `gate` the engine's name of the mixture's, where they differ
-        since the engine holds other mixtures too."""
+        since the engine holds other mixtures too. `aggregator`: the mixture's, where it is prepared already."""
         self.mixture = mixture
         self.lm = lm
         self.engine = engine
         self.router = router
+        self._aggregator = aggregator
         self.keys = dict(keys) if keys is not None else {key: key for key in mixture.keys}
         self._gate = gate
         self._strength = {expert.key: expert.weight for expert in mixture.experts}
@@ -109,10 +94,11 @@ class MixtureRunner:
     ) -> MixtureRunner:
         """Prepares the router, loads the base model and every expert."""
         router = MixtureRouter(mixture, seed=seed, device=device)
+        aggregator = open_aggregator(mixture, seed=seed, device=device)
         lm, opened = load_engine(
             mixture, device=device, dtype=dtype, max_batch=max_batch, engine=engine, progress=progress
         )
-        return cls(mixture, lm, opened, router)
+        return cls(mixture, lm, opened, router, aggregator=aggregator)
 
     def close(self) -> None:
         """Lets go of what the engine holds; nothing can be answered after."""
@@ -204,53 +190,19 @@ class MixtureRunner:
         """Replies in the order of the rows. `finished(index, reply)` hears of each as it ends.
 
         With a seed, every row draws from its own one, made of the seed and the row's number (by default its index),
-        so that its answer does not depend on its neighbours.
+        so that its answer does not depend on its neighbours. Where a route has a second stage, first answers that are
+        not sure enough are thrown away and given anew, in a second pass over all of them.
         """
         numbers = range(len(rows)) if numbers is None else numbers
         routes = self.route([route_request(row) for row in rows])
-        requests = [
-            self.engine_request(
-                str(index),
-                row.messages,
-                routes[index].experts,
-                _own_seed(sampling, number),
-                where=f"prompt {row.id}",
+        samplings = [_own_seed(sampling, number) for number in numbers]
+        if self.mixture.aggregator is not None:
+            self._aggregator = self._aggregator or open_aggregator(self.mixture, device=str(self.lm.device))
+            assert self._aggregator is not None
+            return answer_aggregated(
+                self, self._aggregator, rows, routes, samplings, progress=progress, finished=finished
             )
-            for index, (number, row) in enumerate(zip(numbers, rows, strict=True))
-        ]
-        begin = time.monotonic()
-        clock: dict[int, dict[str, float]] = {index: {} for index in range(len(rows))}
-        texts: list[list[str]] = [[] for _ in rows]
-        replies: dict[int, Reply] = {}
-
-        def feed() -> Iterator[EngineRequest]:
-            for index, request in enumerate(requests):
-                clock[index]["queued"] = time.monotonic() - begin
-                yield request
-
-        with progress.task("answering", total=len(rows)) as task:
-            tokens = 0
-            for piece in self.engine.generate(feed()):
-                index = int(piece.request_id)
-                clock[index].setdefault("first_token", time.monotonic() - begin)
-                texts[index].append(piece.text)
-                if piece.finished is None:
-                    continue
-                clock[index]["total"] = time.monotonic() - begin
-                tokens += piece.completion_tokens
-                reply = replies[index] = Reply(
-                    rows[index].id,
-                    "".join(texts[index]),
-                    routes[index],
-                    piece.finished,
-                    piece.prompt_tokens,
-                    piece.completion_tokens,
-                    clock[index],
-                )
-                if finished is not None:
-                    finished(index, reply)
-                task.advance(1, f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s")
-        return [replies[index] for index in range(len(rows))]
+        return answer_in_stages(self, rows, routes, samplings, progress=progress, finished=finished)
 
     def experts_of_model(self, model: str) -> WeightedExperts | None:
         """What `model` of a request means: None for the routed mixture, else the expert it names, or the base's ().

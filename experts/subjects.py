@@ -9,16 +9,19 @@ from typing import Any
 
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
+from xpert.experts.aggregated import open_aggregator
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.serving import gate_cosines, open_engine, open_gate
+from xpert.experts.staged_subjects import aggregated_subject, requests_of, staged_subject
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouteRequest, WeightedExperts
 from xpert.records import SuiteItem
 from xpert.registry.card import CARD_FILE
 
 __all__ = [
+    "RANDOM_SEEDS",
     "Entrant",
     "average",
     "control_subjects",
@@ -79,7 +82,7 @@ def _entrant(ref: str, registry: ExpertStore | None) -> Entrant:
             error.hint = "give a mixture file, OWNER/NAME, an expert folder, or a model"
         raise
     # A single expert is called by its own key, not by the name of the mixture of one around it.
-    name = mixture.keys[0] if len(mixture.keys) == 1 and mixture.router == "fixed" else mixture.name
+    name = mixture.keys[0] if _is_one_expert(mixture) else mixture.name
     return Entrant(name, mixture.base.ref, mixture)
 
 
@@ -117,8 +120,15 @@ def run_entrants(
                 continue
             keys = _add_experts(engine, entrant.mixture)
             router = MixtureRouter(entrant.mixture, seed=seed, device=device)
-            subject = routed_subject(entrant.name, router, keys)
-            subjects.append(_behind_gate(subject, entrant.mixture, lm, engine, keys))
+            subject = _behind_gate(routed_subject(entrant.name, router, keys), entrant.mixture, lm, engine, keys)
+            aggregator = open_aggregator(entrant.mixture, seed=seed, device=device)
+            if aggregator is not None:
+                subject = aggregated_subject(subject, router, aggregator, lm, engine, keys, progress=progress)
+            elif any(route.escalation for route in router.route(requests_of(items))):
+                anew = Subject(entrant.name, _assign_second(router, keys))
+                anew = _behind_gate(anew, entrant.mixture, lm, engine, keys)
+                subject = staged_subject(subject, anew, router, lm, engine)
+            subjects.append(subject)
             if controls and len(entrant.mixture.experts) > 1:
                 found, groups = _controls(entrant, entrant.mixture, keys, named, seed=seed)
                 subjects += found
@@ -144,8 +154,12 @@ _Named = dict[str, tuple[str, WeightedExperts | None]]
 def _sole(entrant: Entrant) -> WeightedExperts | None:
     if entrant.mixture is None:
         return ()
-    experts = entrant.mixture.experts
-    return ((_engine_key(experts[0]), 1.0),) if len(experts) == 1 and entrant.mixture.router == "fixed" else None
+    return ((_engine_key(entrant.mixture.experts[0]), 1.0),) if _is_one_expert(entrant.mixture) else None
+
+
+def _is_one_expert(mixture: Mixture) -> bool:
+    """Whether a mixture answers as its only expert does."""
+    return len(mixture.keys) == 1 and mixture.router == "fixed" and mixture.aggregator is None
 
 
 def _controls(
@@ -178,6 +192,8 @@ def score_subjects(
     options: EvalOptions,
     *,
     known: Evaluation | None = None,
+    confidences: bool = False,
+    weigh_choices: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -192,6 +208,8 @@ def score_subjects(
         subjects,
         options,
         known=known,
+        confidences=confidences,
+        weigh_choices=weigh_choices,
         seed=seed,
         progress=progress,
     )
@@ -279,7 +297,17 @@ def _by_router(name: str, mixture: Mixture, router: str, keys: Mapping[str, str]
 
 def _assign(router: Any, keys: Mapping[str, str]) -> Callable[[Sequence[SuiteItem]], list[WeightedExperts]]:
     def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
-        routes = router.route([RouteRequest(item.row.id, item.row.messages, item.skill) for item in items])
+        routes = router.route(requests_of(items))
         return [tuple((keys[key], weight) for key, weight in route.experts) for route in routes]
+
+    return assign
+
+
+def _assign_second(router: Any, keys: Mapping[str, str]) -> Callable[[Sequence[SuiteItem]], list[WeightedExperts]]:
+    """Who answers in the second stage; the base, where an item's route has none."""
+
+    def assign(items: Sequence[SuiteItem]) -> list[WeightedExperts]:
+        seconds = [route.escalation.experts if route.escalation else () for route in router.route(requests_of(items))]
+        return [tuple((keys[key], weight) for key, weight in experts) for experts in seconds]
 
     return assign

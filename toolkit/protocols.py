@@ -324,11 +324,13 @@ class RouteRequest:
 class RoutableExpert:
     """What a router may know of an expert.
 
-    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), `skill_scores`
-    its profile (skill -> score, as far as it is profiled). `exemplar_skills` follow `exemplars` where they are known,
-    else they are empty. `keyword_votes`: keyword -> (right, wrong) of its profile by keywords. `prototypes`: identity
-    of an embedder -> (label of each centroid, centroids float32 [c, d] of length 1), as `xpert prototypes` made them.
-    `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known.
+    `key` names it inside the mixture; `exemplars` are prompts it was trained for (its shots first), then its pilots:
+    prompts it has served well. `skill_scores`: its profile (skill -> score, as far as it is profiled).
+    `exemplar_skills` follow `exemplars` where they are known, else they are empty. `keyword_votes`: keyword -> (right,
+    wrong) of its profile by keywords. `prototypes`: identity of an embedder -> (label of each centroid, centroids
+    float32 [c, d] of length 1), as `xpert prototypes` made them.
+    `costs`: "parameters" and "bytes" of its adapter, "seconds" per item of its profile, where known. pilots: how many
+    of the exemplars, the last ones, are pilots.
     """
 
     key: str
@@ -340,6 +342,7 @@ class RoutableExpert:
     keyword_votes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     prototypes: Mapping[str, tuple[tuple[str, ...], Floats]] = field(default_factory=dict, compare=False)
     costs: Mapping[str, float] = field(default_factory=dict)
+    pilots: int = 0
 
 
 @dataclass(frozen=True)
@@ -527,7 +530,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What came of a `Weigh`: per continuation the log-probabilities of its tokens."""
+    """What came of a `Weigh`: per continuation the log-probabilities of its tokens, without an end of turn.
+
+    An empty continuation has none. One that does not fit behind its prompt is cut to what the context holds.
+    """
 
     logprobs: tuple[tuple[float, ...], ...]
 
@@ -555,9 +561,14 @@ class Verdict:
 
 
 class Aggregator(Protocol):
-    """Several replies -> one. Asks in steps, so that a step of many questions can share its batches."""
+    """Several replies -> one. Asks in steps, so that a step of many questions can share its batches.
+
+    several: whether it makes something of several experts' replies alone, so that a router which always names one
+    expert makes no sense before it. Verdicts depend on the order of neither `experts` nor a route's.
+    """
 
     Options: ClassVar[type[Config]]
+    several: ClassVar[bool]
     cost: ClassVar[str]
     source: ClassVar[str]
 
@@ -567,7 +578,11 @@ class Aggregator(Protocol):
         """Learns the mixture's experts; raises BadInput where it cannot work with them."""
 
     def answer(self, question: Question) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Verdict]:
-        """Yields steps; each is sent back what came of it, in its order. Keeps nothing between questions."""
+        """Yields steps; each is sent back what came of it, in its order. Keeps nothing between questions.
+
+        Where a prompt leaves no room for a reply in the model's context, BadInput is thrown into the generator at that
+        step, which may yield another in its stead.
+        """
 
 
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────

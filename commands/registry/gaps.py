@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _DAYS = 14
-_EXAMPLE = 100
+_GAPS = 15
+_EXAMPLE = 60
 
 
 @click.command()
@@ -98,7 +99,10 @@ def _shown(report: GapsReport, out: Path | None) -> list[str]:
         lines += ["", table(("DAY", "ROUTED", "FELL BACK"), rows)]
     lines.append("")
     if found.gaps:
-        lines += [_gaps(found.gaps), ""]
+        lines.append(_gaps(found.gaps[:_GAPS]))
+        if len(found.gaps) > _GAPS:
+            lines.append(f"and {len(found.gaps) - _GAPS:,} more, which --json and gaps.json hold")
+        lines.append("")
     if found.withheld:
         lines.append(
             f"{found.withheld:,} unserved requests lie in clusters of fewer than {report.options.min_prompts} prompts, "
@@ -144,10 +148,8 @@ def _next(report: GapsReport, out: Path | None) -> list[str]:
         return ["no gap: every routed prompt is served" if not report.found.unserved else "no gap to tell of"]
     lines = [f"next expert to build: {gap.slug} ({', '.join(gap.terms[:5])})"]
     if gap.holders:
-        lines.append(
-            f"  the registry has experts of {gap.skill[0] if gap.skill else gap.slug}: {', '.join(gap.holders)}"
-        )
-        lines.append("  try to mix one in first")
+        skill = gap.skill[0] if gap.skill else gap.slug
+        lines.append(f"  first try to mix in what the registry has of {skill}: {', '.join(gap.holders)}")
     where = out / shots_file(gap) if out is not None else None
     shots = where or f"DIR/{shots_file(gap)} (written with -o DIR)"
     return [*lines, f"  xpert select POOL --shots {shots} --budget 1000 -o SELECTION"]
@@ -158,9 +160,8 @@ def _pilots(report: GapsReport) -> list[str]:
         counts = ", ".join(f"{key} {len(pilots)}" for key, pilots in report.pilots.items())
         return [f"pilots (served well, far from the exemplars): {counts}"]
     if report.mixture is not None and report.options.pilots and report.without_chance:
-        return [
-            f"no pilots: {report.without_chance:,} served requests have no chance; `xpert router calibrate` gives it"
-        ]
+        count = f"{report.without_chance:,} served requests have no chance"
+        return [f"no pilots: {count}, which `xpert router calibrate` gives"]
     return []
 
 

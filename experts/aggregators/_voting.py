@@ -1,44 +1,141 @@
-"""What votes share: which answer a reply gives, and who wins."""
+"""What aggregators share: who answers a question, and how ballots are counted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from xpert.protocols import Answer, Question, Verdict
+from xpert.config import Config, option
+from xpert.experts.aggregators._answers import BY, reader
+from xpert.protocols import Answer, Ask, Question, Sampling, Verdict, WeightedExperts
 
-__all__ = ["Ballot", "answer_of", "vote"]
+__all__ = [
+    "BASE",
+    "Ballot",
+    "ComparingOptions",
+    "alone",
+    "asks_of",
+    "chance_order",
+    "members_of",
+    "only_reply",
+    "rounded",
+    "sampled",
+    "shares",
+    "vote",
+]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class ComparingOptions(Config):
+    by: str = option("auto", "what two replies are compared by", choices=BY)
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """One reply, whose it is, and how much it counts."""
+    """One reply, whose it is, and how much it counts. `note` goes into the log."""
 
-    expert: str
+    experts: WeightedExperts
     reply: Answer
     weight: float = 1.0
+    note: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def answer_of(text: str, choices: Sequence[str] = ()) -> str:
-    """What two replies are compared by: the whole reply, but for case and white space."""
-    return " ".join(text.split()).casefold()
+def members_of(question: Question) -> WeightedExperts:
+    """The experts of a question's route with their weights there, heaviest first, equal ones by key."""
+    return tuple(sorted(question.route.experts, key=lambda pair: (-pair[1], pair[0])))
 
 
-def vote(ballots: Sequence[Ballot], question: Question) -> Verdict:
-    """The answer with the most weight, in the words of its first ballot; of equal ones the first given."""
+def alone(key: str) -> WeightedExperts:
+    """One expert by itself, or the base."""
+    return () if key == BASE else ((key, 1.0),)
+
+
+def asks_of(question: Question) -> tuple[list[str], list[Ask]]:
+    """Every expert of the route by itself, and the same question to each; the base, where the route names nobody."""
+    keys = [key for key, _ in members_of(question)] or [BASE]
+    return keys, [Ask(question.messages, alone(key), question.sampling) for key in keys]
+
+
+def sampled(sampling: Sampling, temperature: float) -> Sampling:
+    """The same with `temperature`, where it was greedy, so that replies to one prompt differ."""
+    return sampling if sampling.temperature > 0 else dataclasses.replace(sampling, temperature=temperature)
+
+
+def chance_order(seed: int, question: Question, names: Sequence[str]) -> list[int]:
+    """The places of `names` in an order drawn from their hashes, whatever order they came in."""
+
+    def drawn(place: int) -> bytes:
+        text = f"{seed}\0{question.id}\0{names[place]}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+    return sorted(range(len(names)), key=drawn)
+
+
+def shares(members: WeightedExperts, kept: Sequence[str]) -> WeightedExperts:
+    """The members that are kept, with weights that sum to 1, heaviest first."""
+    weights = {key: weight for key, weight in members if key in kept}
+    total = sum(weights.values())
+    pairs = [(key, weight / total if total else 1 / len(weights)) for key, weight in weights.items()]
+    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+
+
+def only_reply(question: Question, reply: Answer, reason: str) -> Verdict:
+    """The verdict where there is nothing to aggregate."""
+    return Verdict(reply.text, members_of(question), reason, reply.finished, {"replies": 1})
+
+
+def vote(ballots: Sequence[Ballot], question: Question, by: str, *, counted: str = "replies") -> Verdict:
+    """The answer with the most weight, in the words of its first ballot; of equal ones that of the earliest ballot.
+
+    Replies without an answer count for nothing, unless none has one. `counted` is what ballots are called.
+    """
+    read = reader(by, question, [ballot.reply.text for ballot in ballots])
+    answers = [read(ballot.reply.text) for ballot in ballots]
     totals: dict[str, float] = {}
-    first: dict[str, Ballot] = {}
-    for ballot in ballots:
-        answer = answer_of(ballot.reply.text, question.choices)
-        totals[answer] = totals.get(answer, 0.0) + ballot.weight
-        first.setdefault(answer, ballot)
-    best = max(totals, key=lambda answer: totals[answer])
-    backers = [b for b in ballots if answer_of(b.reply.text, question.choices) == best]
-    share = totals[best] / sum(totals.values())
-    experts = tuple((b.expert, b.weight / totals[best]) for b in backers if b.expert != "base")
+    for ballot, answer in zip(ballots, answers, strict=True):
+        if answer or not any(answers):
+            totals[answer] = totals.get(answer, 0.0) + ballot.weight
+    # Rounded, so that sums of the same weights in another order are a tie and no victory.
+    best = max(totals, key=lambda answer: round(totals[answer], 9))
+    backers = [ballot for ballot, answer in zip(ballots, answers, strict=True) if answer == best]
+    cast = sum(totals.values())
+    share = totals[best] / cast if cast else 0.0
     log = {
-        "votes": [{"expert": b.expert, "weight": b.weight, "text": b.reply.text} for b in ballots],
-        "share": share,
+        "by": read.by,
+        "share": rounded(share),
+        "votes": [
+            {
+                "experts": [key for key, _ in ballot.experts],
+                "weight": rounded(ballot.weight),
+                "answer": answer,
+                "text": ballot.reply.text,
+                **ballot.note,
+            }
+            for ballot, answer in zip(ballots, answers, strict=True)
+        ],
     }
-    reason = f"{len(backers)} of {len(ballots)} replies say so, with {share:.0%} of the votes"
-    return Verdict(first[best].reply.text, experts, reason, first[best].reply.finished, log)
+    unanimous = f"all {len(ballots)} {counted} agree" if len(backers) == len(ballots) else None
+    reason = unanimous or f"{len(backers)} of {len(ballots)} {counted} agree, with {share:.0%} of the votes"
+    return Verdict(backers[0].reply.text, _whose(backers), reason, backers[0].reply.finished, log)
+
+
+def _whose(backers: Sequence[Ballot]) -> WeightedExperts:
+    """The experts behind ballots, each by the weight of its ballots; all alike where these weigh nothing."""
+    total = sum(ballot.weight for ballot in backers)
+    weights: dict[str, float] = {}
+    for ballot in backers:
+        weight = ballot.weight / total if total else 1 / len(backers)
+        for key, part in ballot.experts:
+            weights[key] = weights.get(key, 0.0) + weight * part
+    return tuple(sorted(weights.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def rounded(value: float) -> float | None:
+    """A number for a log; None for one that JSON does not know."""
+    return round(value, 6) if math.isfinite(value) else None

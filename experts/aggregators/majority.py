@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from xpert.config import Config, option
-from xpert.experts.aggregators._voting import Ballot, vote
+from xpert.config import Config
+from xpert.experts.aggregators._voting import Ballot, ComparingOptions, alone, asks_of, vote
 from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weigh, Weighed
 
 __all__ = ["PLUGIN", "MajorityAggregator"]
 
 
-@dataclass(frozen=True)
-class MajorityOptions(Config):
-    weigh: bool = option(False, "each vote counts as much as the expert weighs in the route, instead of 1")
-
-
 class MajorityAggregator:
     """Every expert of the route answers by itself; the answer that most give is the reply, in the words of the heaviest
-    expert that gives it. A tie goes to the answer of the heaviest expert."""
+    expert that gives it. A tie goes to the answer of the heaviest expert.
 
-    Options: ClassVar[type[Config]] = MajorityOptions
+    Cost: one reply per expert of the route. Source: self-consistency (https://arxiv.org/abs/2203.11171), over experts
+    instead of samples.
+    """
+
+    Options: ClassVar[type[Config]] = ComparingOptions
+    several: ClassVar[bool] = True
     cost: ClassVar[str] = "one reply per expert of the route"
-    source: ClassVar[str] = "self-consistency over models, https://arxiv.org/abs/2203.11171"
+    source: ClassVar[str] = "self-consistency over experts, https://arxiv.org/abs/2203.11171"
 
-    def __init__(self, options: MajorityOptions, *, seed: int = 0, device: str = "auto") -> None:
+    def __init__(self, options: ComparingOptions, *, seed: int = 0, device: str = "auto") -> None:
         self.options = options
 
     def prepare(self, experts: Sequence[RoutableExpert]) -> None:
         """Needs nothing of the experts."""
 
     def answer(self, question: Question) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Verdict]:
-        members = question.route.experts or (("base", 1.0),)
-        asks = [
-            Ask(question.messages, ((key, 1.0),) if question.route.experts else (), question.sampling)
-            for key, _ in members
-        ]
+        keys, asks = asks_of(question)
         replies = [reply for reply in (yield asks) if isinstance(reply, Answer)]
-        ballots = [
-            Ballot(key, reply, weight if self.options.weigh else 1.0)
-            for (key, weight), reply in zip(members, replies, strict=True)
-        ]
-        return vote(ballots, question)
+        ballots = [Ballot(alone(key), reply) for key, reply in zip(keys, replies, strict=True)]
+        return vote(ballots, question, self.options.by)
 
 
 PLUGIN = MajorityAggregator

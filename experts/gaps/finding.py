@@ -204,11 +204,12 @@ def _skill(texts: Sequence[str], taxonomy: Taxonomy) -> tuple[str, float] | None
 
 
 def _named(gaps: Sequence[Gap]) -> tuple[Gap, ...]:
-    """Each with a slug of its own, of its first terms: letters, digits and `-`."""
+    """Each with a slug of its own, of the first three words of its terms: letters, digits and `-`."""
     taken: set[str] = set()
     named = []
     for gap in gaps:
-        plain = re.sub(r"[^a-z0-9]+", "-", "-".join(gap.terms[:3]).lower()).strip("-")[:60].rstrip("-") or "prompts"
+        words = dict.fromkeys(re.findall("[a-z0-9]+", " ".join(gap.terms).lower()))
+        plain = "-".join(list(words)[:3])[:60].rstrip("-") or "prompts"
         slug = next(name for name in (plain, *(f"{plain}-{n}" for n in range(2, len(gaps) + 2))) if name not in taken)
         taken.add(slug)
         named.append(replace(gap, slug=slug))

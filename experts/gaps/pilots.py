@@ -15,6 +15,7 @@ from xpert.experts.gaps.grouping import embed_together
 from xpert.experts.gaps.options import GapOptions
 from xpert.experts.gaps.prompts import AskedPrompt, different_prompts, lacks_of_fit, shared_system
 from xpert.experts.server.request_log import RequestRecord
+from xpert.overlap import same_text_key
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RoutableExpert
 
@@ -65,7 +66,12 @@ def find_pilots(
     found: dict[str, list[Pilot]] = {}
     for expert in experts:
         served = [record for record in records if _serves_well(record, expert.key, options.pilot_chance)]
-        prompts = different_prompts(served, lacks, near=options.near, system=system)
+        known_already = {same_text_key(text) for text in expert.exemplars}
+        prompts = [
+            prompt
+            for prompt in different_prompts(served, lacks, near=options.near, system=system)
+            if same_text_key(prompt.text) not in known_already
+        ]
         if not (prompts and options.pilots and expert.exemplars):
             continue
         texts = [*expert.exemplars, *(prompt.text for prompt in prompts)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ def gaps_report(
         seed=seed,
         progress=progress,
     )
+    if mixture is not None:
+        found = _without_own(found, mixture)
     middle = time.perf_counter()
     pilots = find_pilots(records, experts, options, device=device, seed=seed, progress=progress)
     return GapsReport(
@@ -123,6 +125,13 @@ def gaps_report(
         seed=seed,
         timings={"gaps": middle - begin, "pilots": time.perf_counter() - middle},
     )
+
+
+def _without_own(found: Found, mixture: Mixture) -> Found:
+    """Experts that the mixture holds already, in whatever version, fill no gap of it."""
+    own = {expert.ref.partition("@")[0] for expert in mixture.experts}
+    gaps = (replace(gap, holders=tuple(r for r in gap.holders if r.partition("@")[0] not in own)) for gap in found.gaps)
+    return replace(found, gaps=tuple(gaps))
 
 
 def shots_file(gap: Gap) -> str:

@@ -23,12 +23,16 @@ _CELLS = 4_000_000
 
 @dataclass(frozen=True)
 class SkillGroup:
-    """What stands for one skill of one expert: its exemplars, or where it has none, unit centroids [c, d] of them."""
+    """What stands for one skill of one expert: its exemplars, or where it has none, unit centroids [c, d] of them.
+
+    pilots: how many of the texts, the last ones, are pilots and not exemplars of its training.
+    """
 
     expert: str
     label: str
     texts: tuple[str, ...]
     prototypes: Floats | None = field(default=None, compare=False)
+    pilots: int = 0
 
 
 def groups_of(expert: RoutableExpert, identity: str | None) -> list[SkillGroup]:
@@ -38,12 +42,15 @@ def groups_of(expert: RoutableExpert, identity: str | None) -> list[SkillGroup]:
     that has neither.
     """
     labels = expert.exemplar_skills or ("",) * len(expert.exemplars)
+    trained = len(expert.exemplars) - expert.pilots
     texts: dict[str, list[str]] = {}
-    for text, skill in zip(expert.exemplars, labels, strict=True):
+    pilots: dict[str, int] = {}
+    for place, (text, skill) in enumerate(zip(expert.exemplars, labels, strict=True)):
         if text.strip():
             texts.setdefault(skill or expert.key, []).append(text)
+            pilots[skill or expert.key] = pilots.get(skill or expert.key, 0) + (place >= trained)
     if texts:
-        return [SkillGroup(expert.key, label, tuple(own)) for label, own in sorted(texts.items())]
+        return [SkillGroup(expert.key, label, tuple(own), None, pilots[label]) for label, own in sorted(texts.items())]
     names, centroids = expert.prototypes.get(identity or "", ((), np.zeros((0, 0), np.float32)))
     rows: dict[str, list[int]] = {}
     for row, skill in enumerate(names):

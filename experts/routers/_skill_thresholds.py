@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -42,12 +43,14 @@ def calibrated(
     reach as high as its own, a skill keeps to its own; without other experts the strongest counts as 0. A skill with
     fewer than ENOUGH left-out exemplars takes the quantile of all skills together, and so does one known by prototypes
     alone, whose centroids count among others' exemplars; where no expert has exemplars, such a skill's threshold is the
-    strongest of other experts' centroids.
+    strongest of other experts' centroids. Pilots are left out of all this: they were picked for lying far from the
+    others, and would set the threshold too low.
 
     vectors [exemplars, d] follow the groups' texts; `refit` makes an embedder that is to be fitted anew in each fold.
     Time O(exemplars d) for the own and O(STRANGERS rows d) for the others, beside the fits; memory O(groups STRANGERS
     reject).
     """
+    groups, vectors = _without_pilots(groups, vectors)
     own: list[list[float]] = [[] for _ in groups]
     experts = np.unique([group.expert for group in groups], return_inverse=True)[1]
     most = min(FOLDS * STRANGERS, len(vectors) + sum(len(g.prototypes) for g in groups if g.prototypes is not None))
@@ -72,6 +75,18 @@ def calibrated(
             weakest = _ANY if together is None else together
         found[index] = theirs + strictness * (weakest - theirs) if theirs < weakest else weakest
     return found
+
+
+def _without_pilots(groups: Sequence[SkillGroup], vectors: Floats) -> tuple[list[SkillGroup], Floats]:
+    kept: list[SkillGroup] = []
+    rows: list[int] = []
+    start = 0
+    for group in groups:
+        trained = len(group.texts) - group.pilots
+        rows += range(start, start + trained)
+        start += len(group.texts)
+        kept.append(dataclasses.replace(group, texts=group.texts[:trained], pilots=0))
+    return kept, vectors[rows]
 
 
 class _Fold:

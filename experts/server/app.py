@@ -8,7 +8,7 @@ POST /v1/route                    the route of a prompt with candidates and reas
 GET  /v1/load                     what the server is doing now
 GET  /healthz, /readyz            whether the engine runs; whether new requests are taken
 GET  /metrics                     figures for Prometheus
-GET  /                            a page to try it
+GET  /                            a page to try it, with its files under /page/
 GET  /registry/                   the registry behind it as pages: experts, scores, provenance
 """
 
@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 import xpert
+from xpert.experts.server import page_files
 from xpert.experts.server.chat import Chat
 from xpert.experts.server.completions import Completions
 from xpert.experts.server.description import add_route
@@ -39,8 +39,6 @@ from xpert.experts.server.service import Service
 from xpert.experts.server.watching import Watch
 
 __all__ = ["create_app"]
-
-PAGE = Path(__file__).with_name("page.html")
 
 
 def create_app(
@@ -75,6 +73,8 @@ def create_app(
     chat, completions, embeddings = Chat(service), Completions(service), Embeddings(service, space)
     pages = _Pages(service)
     add_route(app, "GET", "/", pages.playground, "A page to try the server")
+    for path in page_files.PATHS[1:]:
+        app.add_api_route(path, pages.playground, methods=["GET"], include_in_schema=False)
     add_route(app, "GET", "/registry", pages.to_registry, "Leads to /registry/")
     add_route(app, "GET", "/registry/{path:path}", pages.registry, "The registry behind the mixture as pages")
     add_route(app, "GET", "/healthz", pages.health, "Whether the engine runs")
@@ -98,8 +98,14 @@ class _Pages:
         self.service = service
         self._registry: tuple[int, RegistryPages] | None = None
 
-    async def playground(self) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+    async def playground(self, request: Request) -> Response:
+        found = page_files.get(request.scope["route"].path)  # not the URL's, which may have a proxy's prefix
+        if found is None:
+            raise HTTPException(404, "there is no such page")
+        content, headers = found
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers)
 
     async def to_registry(self) -> Response:
         return RedirectResponse("registry/")

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from xpert import plugins
 from xpert.errors import BadInput, NotFound
-from xpert.experts.mixture import Mixture, aggregator_options
+from xpert.experts.aggregated import open_aggregator
+from xpert.experts.mixture import Mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.server.model_names import Way, by_way
 from xpert.experts.serving import MixtureRunner, open_gate
@@ -93,17 +93,6 @@ def ready(mixture: Mixture, *, seed: int, device: str) -> Routed:
         MixtureRouter(mixture, seed=seed, device=device),
         open_aggregator(mixture, seed=seed, device=device),
     )
-
-
-def open_aggregator(mixture: Mixture, *, seed: int, device: str) -> Aggregator | None:
-    """The mixture's aggregator, prepared; None where it has none."""
-    choice = mixture.aggregator
-    if choice is None:
-        return None
-    options = aggregator_options(choice.name, choice.params)
-    made: Aggregator = plugins.load("aggregator", choice.name)(options, seed=seed, device=device)
-    made.prepare([expert.routable() for expert in mixture.experts])
-    return made
 
 
 class Generations:

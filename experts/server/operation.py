@@ -115,8 +115,11 @@ class Operation:
         )
         call.span.end(call.failure)
         if self.request_log is not None and call.tasks:
+            asked = set()
             for task, heard in zip(call.tasks, call.heard, strict=True):
-                self.request_log.record(_record(call, task, heard))
+                if id(task.prompt) not in asked:  # several replies to one prompt are one request for it
+                    asked.add(id(task.prompt))
+                    self.request_log.record(_record(call, task, heard))
 
     def _times(self, call: Call) -> None:
         spans = [task.timing for task in call.tasks if task.timing.first is not None]

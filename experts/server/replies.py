@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from xpert.chat_form import answer_ids, encode_prompt
+from xpert.chat_form import encode_prompt
+from xpert.experts.aggregating import Dialogue, answers_of, model_encoding
 from xpert.experts.server.batcher import Batcher
 from xpert.experts.server.engine_loop import Delivery, EngineLoop
 from xpert.experts.server.generations import Generation
 from xpert.protocols import (
     Aggregator,
-    Answer,
-    Ask,
     Constraint,
     EngineRequest,
     Piece,
@@ -34,11 +33,10 @@ from xpert.protocols import (
     RouteRequest,
     Sampling,
     TokenLogprob,
-    Weigh,
-    Weighed,
     WeightedExperts,
 )
 from xpert.records import Message
+from xpert.storage import hash_json
 
 __all__ = ["Outcome", "Prompt", "Speaker", "Task", "Timing"]
 
@@ -214,56 +212,32 @@ class Speaker:
             yield piece
 
     async def _aggregated(self, task: Task) -> AsyncGenerator[Piece, None]:
-        assert task.aggregator is not None
-        question = Question(task.id, task.prompt.messages, task.route, task.sampling, task.choices)
-        steps = task.aggregator.answer(question)
-        prompt_tokens = completion_tokens = asked = 0
-        try:
-            step: Sequence[Ask | Weigh] = next(steps)
-            while True:
-                waits = []
-                for one in step:
-                    asked += 1
-                    waits.append(self._ask(task, one, asked) if isinstance(one, Ask) else self._weigh(task, one, asked))
-                results = await _all(waits)
-                for result in results:
-                    if isinstance(result, Answer):
-                        prompt_tokens += result.prompt_tokens
-                        completion_tokens += result.completion_tokens
-                step = steps.send(results)
-        except StopIteration as end:
-            verdict = end.value
-        finally:
-            steps.close()
+        """The steps of the task's aggregator: all requests of a step at once, in the batch that runs."""
+        # Named by what is asked, so that the same request with the same seed is answered in the same way.
+        asked = hash_json([[message.role, message.content] for message in task.prompt.messages])
+        question = Question(asked, task.prompt.messages, task.route, task.sampling, task.choices)
+        dialogue = await self.prepare(partial(self._dialogue, task, question))
+        while dialogue.verdict is None:
+            step = dialogue.step
+            pairs = list(zip(step.weighings, step.continuations, strict=True))
+            waits = [self._whole(request) for request in step.generations]
+            found = await _all([*waits, *(self._weighing(pair) for pair in pairs)])
+            answers = answers_of(piece for pieces in found[: len(waits)] for piece in pieces)
+            logprobs = {pair[0].id: one for pair, one in zip(pairs, found[len(waits) :], strict=True)}
+            await self.prepare(partial(dialogue.resume, answers, logprobs))
+        verdict = dialogue.verdict
         task.outcome = Outcome(
             verdict.experts, f"{task.route.reason}; {verdict.reason}", log={**verdict.log, "reason": verdict.reason}
         )
-        yield Piece(task.id, verdict.text, verdict.finished, prompt_tokens, completion_tokens)
+        yield Piece(task.id, verdict.text, verdict.finished, dialogue.prompt_tokens, dialogue.completion_tokens)
 
-    async def _ask(self, task: Task, ask: Ask, number: int) -> Answer:
-        sampling = ask.sampling
-        if sampling.seed is not None and sampling.seed == task.sampling.seed:
-            sampling = dataclasses.replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**63)
-        work = partial(self._request, task, f"{task.id}-{number}", Prompt(ask.messages), ask.experts, sampling)
-        texts: list[str] = []
-        tokens: list[TokenLogprob] = []
-        last: Piece | None = None
-        async for piece in self._spoken(await self.prepare(work)):
-            texts.append(piece.text)
-            tokens += piece.tokens
-            last = piece
-        assert last is not None and last.finished is not None
-        return Answer("".join(texts), last.finished, last.prompt_tokens, last.completion_tokens, tuple(tokens))
+    def _dialogue(self, task: Task, question: Question) -> Dialogue:
+        assert task.aggregator is not None
+        encoding = model_encoding(self.tokenizer, self.engine.context, task.generation.runner.keys)
+        return Dialogue(task.id, task.aggregator, question, encoding)
 
-    async def _weigh(self, task: Task, weigh: Weigh, number: int) -> Weighed:
-        def encoded() -> list[tuple[EngineRequest, tuple[int, ...]]]:
-            request = self._request(
-                task, f"{task.id}-{number}", Prompt(weigh.messages), weigh.experts, Sampling(max_tokens=1)
-            )
-            return [(request, ids) for ids in answer_ids(self.tokenizer, list(weigh.continuations))]
-
-        found = await _all([self._weighing(pair) for pair in await self.prepare(encoded)])
-        return Weighed(tuple(tuple(logprobs) for logprobs in found))
+    async def _whole(self, request: EngineRequest) -> list[Piece]:
+        return [piece async for piece in self._spoken(request)]
 
     def _request(
         self, task: Task, id: str, prompt: Prompt, experts: WeightedExperts, sampling: Sampling

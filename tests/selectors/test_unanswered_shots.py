@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,15 @@ def test_the_command_takes_a_file_of_prompts(
     assert "method 'less' reads the shots' answers" in refused.stderr
     with pytest.raises(BadInput):
         read_shots(shots)
+
+
+def test_an_expert_keeps_unanswered_shots_as_exemplars(labelled: Shots, asked: Shots, rows: list[Row]) -> None:
+    from xpert.experts.expert_folder import _exemplars
+    from xpert.experts.training_data import TrainingRows, skills_of
+
+    data = TrainingRows(tuple(rows[:3]), 0, (), {}, asked.rows)
+    lines = [json.loads(line) for line in _exemplars(rows[:3], data).splitlines()]
+    assert [line["kind"] for line in lines] == ["shot"] * 4 + ["row"] * 3
+    assert [line["prompt"] for line in lines[:4]] == [row.prompt for row in asked]
+    assert skills_of(data) == ("casing",)
+    assert data.fingerprint != TrainingRows(tuple(rows[:3]), 0, (), {}).fingerprint

@@ -214,3 +214,34 @@ def test_mistakes(
     )
     assert result.exit_code == 2 and said in result.stderr, result.stderr
     assert not (expert / "prototypes.safetensors").exists()
+
+
+# ── pilots ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pilots_are_reached_and_set_no_threshold(make_expert: Maker) -> None:
+    from xpert.experts.routers.centroid import CentroidOptions, CentroidRouter
+    from xpert.protocols import RouteRequest
+    from xpert.records import Message
+
+    experts = [open_expert(make_expert(skill, seed=seed)).routable() for seed, skill in enumerate(("casing", "city"))]
+    pilots = ("Could this be shouted?", "Make it loud, all of it.")
+    first = replace(
+        experts[0],
+        exemplars=(*experts[0].exemplars, *pilots),
+        exemplar_skills=(*experts[0].exemplar_skills, "casing", ""),
+        pilots=2,
+    )
+
+    def made(one: object) -> CentroidRouter:
+        router = CentroidRouter(CentroidOptions())
+        router.prepare([one, experts[1]])  # type: ignore[list-item]
+        return router
+
+    plain, reaching = made(experts[0]), made(first)
+    by_label = {group.label: bound for group, bound in zip(plain.groups, plain.thresholds, strict=True)}
+    for group, bound in zip(reaching.groups, reaching.thresholds, strict=True):
+        assert bound == by_label.get(group.label, bound)
+    request = RouteRequest("q", (Message("user", pilots[0]),))
+    before, after = (router.route([request])[0].candidates for router in (plain, reaching))
+    assert {c.expert: c.score for c in after}["casing"] > {c.expert: c.score for c in before}["casing"]
