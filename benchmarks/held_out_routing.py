@@ -21,12 +21,13 @@ from xpert import plugins
 from xpert.data import open_pool, read_shots, read_suite
 from xpert.errors import XpertError
 from xpert.experts.evaluate import Evaluation, ItemResult
-from xpert.experts.mixture import BASE, Mixture, assemble, load_mixture, open_expert, write_mixture
-from xpert.experts.observations import Observed, for_mixture, read_observations
-from xpert.experts.observe_options import ObserveOptions
-from xpert.experts.observing import observe
+from xpert.experts.mixture import BASE, Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.profiles import Views, as_profile, write_profile
-from xpert.experts.router_evaluation import RouterChoice, RouterFigures, evaluate_routers
+from xpert.experts.router_learning.evaluating import RouterChoice, RouterFigures, evaluate_routers
+from xpert.experts.router_learning.observations import Observed, for_mixture, read_observations
+from xpert.experts.router_learning.observe_options import ObserveOptions
+from xpert.experts.router_learning.observing import observe
 from xpert.experts.term_keywords import keywords_by_terms
 from xpert.experts.train import train
 from xpert.experts.train_options import TrainOptions

@@ -379,7 +379,8 @@ def serve_command(mixture: Path, registry: str, *options: str) -> list[str]:
 
 def prepare(registry: Any, folders: list[Path], where: Path) -> Path:
     """Two published experts in a mixture named `desk`."""
-    from xpert.experts.mixture import assemble, open_expert, write_mixture
+    from xpert.experts.mixture import assemble, open_expert
+    from xpert.experts.mixture_file import write_mixture
 
     refs = [
         registry.publish(folder, f"me/{name}").ref for folder, name in zip(folders, ("casing", "sums"), strict=False)

@@ -13,8 +13,8 @@ from xpert.commands.router._shared import folds_option, mixture_options, observa
 
 if TYPE_CHECKING:
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
-    from xpert.experts.router_evaluation import RouterEvaluation, RouterFigures
+    from xpert.experts.router_learning.evaluating import RouterEvaluation, RouterFigures
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["command", "router_table"]
 
@@ -54,8 +54,8 @@ def command(
     the prompts and measured on those left out, unless it was trained on others or --held-out names others. Of several
     experts with weights, the heaviest one's answer counts.
     """
-    from xpert.experts.router_evaluation import RouterChoice, evaluate_routers
-    from xpert.experts.router_report import write_router_report
+    from xpert.experts.router_learning.evaluating import RouterChoice, evaluate_routers
+    from xpert.experts.router_learning.report import write_router_report
     from xpert.storage import check_output
 
     choices = [RouterChoice.parse(text) for text in routers]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import NotFound, XpertError
-from xpert.experts.mixture import BASE, MIXTURE_FILE, ExpertStore, Mixture, MixtureExpert, load_mixture, open_expert
+from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, open_expert
+from xpert.experts.mixture_file import MIXTURE_FILE, load_mixture
 from xpert.experts.server.generations import Generations
 from xpert.registry.card import CARD_FILE
 

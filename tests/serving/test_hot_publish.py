@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from xpert.errors import BadInput, XpertError
-from xpert.experts.mixture import Mixture, assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.server.watching import Source, Watch
 from xpert.registry.opening import open_registry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xpert.experts.router_evaluation import RouterEvaluation, RouterFigures
+from xpert.experts.router_learning.evaluating import RouterEvaluation, RouterFigures
 from xpert.report.page import Series, line_chart, write_page
 
 __all__ = ["write_router_report"]

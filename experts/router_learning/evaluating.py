@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.cross_fitting import FOLDS, Routed, learns, routes_of
 from xpert.experts.evaluate import bootstrap
 from xpert.experts.mixture import Mixture, router_options
-from xpert.experts.observations import Observed
-from xpert.experts.router_measures import (
+from xpert.experts.router_learning.cross_fitting import FOLDS, Routed, learns, routes_of
+from xpert.experts.router_learning.measures import (
     Bin,
     Obtained,
     RiskCoverage,
@@ -31,6 +30,7 @@ from xpert.experts.router_measures import (
     reliability,
     risk_coverage,
 )
+from xpert.experts.router_learning.observations import Observed
 from xpert.experts.subjects import RANDOM_SEEDS
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Observations, Route
