@@ -133,7 +133,7 @@ class Load:
                 self.tally.busy += 1
                 return
             assert reply.status_code == 200, await reply.aread()
-            events = []
+            events: list[str] = []
             async for line in reply.aiter_lines():
                 if not line.startswith("data: "):
                     continue

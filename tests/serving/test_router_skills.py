@@ -119,7 +119,7 @@ def test_an_unknown_skill_falls_back(text: str, said: str) -> None:
 
 def test_of_no_experts_the_base_answers() -> None:
     route = one(opened([]), "algebra")
-    assert route.experts == route.candidates == () and "has no experts" in route.reason
+    assert not route.experts and not route.candidates and "has no experts" in route.reason
 
 
 # ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────
