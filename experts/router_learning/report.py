@@ -44,7 +44,7 @@ def _row(one: RouterFigures) -> dict[str, Any]:
         "how": one.how,
         "score": one.score,
         "regret": one.regret,
-        "shares": [one.accuracy, one.to_base, one.escalated],
+        "shares": [one.accuracy, one.where_it_matters or 0.0, one.to_base, one.escalated],
         "costs": [one.answers, one.parameters, one.milliseconds],
     }
 

@@ -268,6 +268,9 @@ def test_figures_are_those_of_a_plain_count(xpert: Run, mixture: Path, seen: Pat
     assert own["score"]["score"] == pytest.approx(got.mean())
     assert own["regret"]["score"] == pytest.approx((best - got).mean())
     assert own["accuracy"] == pytest.approx((got == best).mean())
+    differ = best > scores.min(axis=1)
+    assert value["differing"] == differ.sum() < 200
+    assert own["where_it_matters"] == pytest.approx((got == best)[differ].mean())
     assert own["to_base"] == pytest.approx(np.mean(np.array(chosen) == 3))
     assert sum(own["subjects"].values()) == 200
     assert figures(value, "base alone")["score"]["score"] == pytest.approx(scores[:, 3].mean())
