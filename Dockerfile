@@ -16,14 +16,14 @@ COPY registry registry
 RUN pip install --no-cache-dir -c constraints.txt '.[serve,otel,s3,sign]'
 
 FROM python:3.11-slim
-RUN useradd --create-home --uid 10001 xpert
+RUN useradd --create-home --home-dir /var/lib/xpert --uid 10001 xpert
 COPY --from=build /opt/xpert /opt/xpert
 ENV PATH=/opt/xpert/bin:$PATH \
     OMP_WAIT_POLICY=PASSIVE \
     TOKENIZERS_PARALLELISM=false \
     PYTHONUNBUFFERED=1 \
     XPERT_REGISTRY=/registry \
-    XPERT_CACHE=/home/xpert/cache
+    XPERT_CACHE=/var/lib/xpert/cache
 USER xpert
 EXPOSE 8000
 HEALTHCHECK --start-period=120s --interval=15s --timeout=5s \

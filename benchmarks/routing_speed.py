@@ -77,11 +77,15 @@ def _made_up(count: int, requests: int, seed: int = 0) -> tuple[list[RoutableExp
     frequency = 1 / np.arange(1, len(words) + 1)
     frequency /= frequency.sum()
     own = random.choice(words, (count, OWN))
+    askers = random.integers(count, size=requests)
 
-    def text(expert: int) -> str:
-        chosen = [*random.choice(own[expert], 8), *random.choice(words, 8, p=frequency)]
-        return " ".join(np.array(chosen)[random.permutation(16)])
+    def texts(experts: NDArray[np.int64]) -> list[str]:
+        """A text of each expert named here: half of its own words, half of all, in any order."""
+        of_own = own[experts[:, None], random.integers(OWN, size=(len(experts), 8))]
+        of_all = random.choice(words, (len(experts), 8), p=frequency)
+        return [" ".join(row) for row in random.permuted(np.concatenate([of_own, of_all], axis=1), axis=1)]
 
+    exemplars = texts(np.repeat(np.arange(count), EXEMPLARS))
     keywords = words[-KEYWORDS:]
     experts = []
     for number in range(count):
@@ -92,14 +96,13 @@ def _made_up(count: int, requests: int, seed: int = 0) -> tuple[list[RoutableExp
         experts.append(
             RoutableExpert(
                 f"x{number:05}",
-                tuple(text(number) for _ in range(EXEMPLARS)),
+                tuple(exemplars[number * EXEMPLARS : (number + 1) * EXEMPLARS]),
                 (f"skill {number}",),
                 description=" ".join(own[number][:12]),
                 keyword_votes=votes,
             )
         )
-    prompts = [text(int(random.integers(count))) for _ in range(requests)]
-    return experts, [RouteRequest(f"r{i}", (Message("user", prompt),)) for i, prompt in enumerate(prompts)]
+    return experts, [RouteRequest(f"r{i}", (Message("user", one),)) for i, one in enumerate(texts(askers))]
 
 
 if __name__ == "__main__":

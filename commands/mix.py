@@ -77,7 +77,7 @@ def command(
     from xpert.data import read_shots
     from xpert.experts.aggregated import chosen_aggregator
     from xpert.experts.mixing import mix
-    from xpert.experts.mixture import write_mixture
+    from xpert.experts.mixture_file import write_mixture
     from xpert.registry.opening import open_registry
 
     if out.is_dir():

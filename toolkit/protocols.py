@@ -371,7 +371,11 @@ class RouterState:
 
 
 class Router(Protocol):
-    """(requests, experts) -> a route per request, in order."""
+    """(requests, experts) -> a route per request, in order.
+
+    A class whose router could never choose some experts says so by a static `lacking(options, experts, *, device)`:
+    key -> what that expert lacks, in words that follow "has no"; and by `remedy`, a hint. `xpert mix` leaves them out.
+    """
 
     Options: ClassVar[type[Config]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xpert.config import Config
 from xpert.errors import BadInput, Corrupt
-from xpert.protocols import Observations, RoutableExpert, RouteRequest, RouterState
+from xpert.protocols import LearnedRouter, Observations, RoutableExpert, Route, RouteRequest, RouterState
 
 __all__ = [
     "BASE",
@@ -20,6 +20,7 @@ __all__ = [
     "canonical",
     "check_state",
     "finite",
+    "left_out_routes",
     "places_of",
     "state_facts",
     "untrained",
@@ -46,6 +47,16 @@ class Observed:
     @property
     def prompts(self) -> list[str]:
         return [request.prompt for request in self.requests]
+
+    def part(self, rows: NDArray[np.int64]) -> Observations:
+        """What was observed of some of the prompts."""
+        return Observations(
+            tuple(self.requests[row] for row in rows),
+            self.subjects,
+            self.scores[rows],
+            self.losses[rows],
+            None if self.confidences is None else self.confidences[rows],
+        )
 
 
 def canonical(router: str, experts: Sequence[RoutableExpert], seen: Observations) -> Observed:
@@ -79,6 +90,27 @@ def canonical(router: str, experts: Sequence[RoutableExpert], seen: Observations
         np.asarray(seen.losses, np.float64)[part],
         None if seen.confidences is None else np.asarray(seen.confidences, np.float64)[part],
     )
+
+
+def left_out_routes(
+    new: Callable[[], LearnedRouter], experts: Sequence[RoutableExpert], seen: Observed, folds: int = 3
+) -> list[Route]:
+    """Routes of the observed prompts by routers that learned from the others: equal prompts fall into one fold.
+
+    With fewer distinct prompts than twice the folds, by one that learned from all. Costs as many trainings as folds.
+    """
+    fold_of = {prompt: place % folds for place, prompt in enumerate(dict.fromkeys(seen.prompts))}
+    fold = np.array([fold_of[prompt] for prompt in seen.prompts])
+    parts = [np.flatnonzero(fold == number) for number in range(folds)]
+    if len(fold_of) < 2 * folds:
+        parts = [np.arange(len(fold))]
+    routes: dict[int, Route] = {}
+    for part in parts:
+        rest = np.setdiff1d(np.arange(len(fold)), part) if len(parts) > 1 else part
+        router = new()
+        router.learn(experts, seen.part(rest))
+        routes |= zip(part.tolist(), router.route([seen.requests[row] for row in part]), strict=True)
+    return [routes[row] for row in range(len(fold))]
 
 
 def finite(seen: Observed, name: str) -> Floats64:

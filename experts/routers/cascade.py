@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -27,12 +27,14 @@ from xpert.experts.routers._learning import (
     canonical,
     check_state,
     finite,
+    left_out_routes,
     places_of,
     state_facts,
     untrained,
 )
 from xpert.protocols import (
     Escalation,
+    LearnedRouter,
     Observations,
     RoutableExpert,
     Route,
@@ -118,9 +120,11 @@ class CascadeRouter:
 
     A threshold that is not given is learned on the observed prompts: so that the `share` of them goes to the strong,
     or so that the mean score is the highest when each answer of the strong costs `price`. Mode after needs the
-    confidences of the weak's observed answers. An inner router that learns does so from the same prompts, on which its
-    choices are better than on others: the threshold learned by gain then trusts it too much, and a share is safer.
-    Where the router names nobody but the weak, the weak answers alone. A prompt costs what the router costs.
+    confidences of the weak's observed answers. A router that has to learn does so from the same prompts; what the
+    strong gains is then measured in three parts of them, each routed by one that learned from the others. In mode
+    before the share of them that this gives is carried over to the router's own scores, which are lower on new prompts:
+    fewer of those may reach the strong. Where the router names nobody but the weak, the weak answers alone. A prompt
+    costs what the router costs.
     """
 
     Options = CascadeOptions
@@ -158,11 +162,11 @@ class CascadeRouter:
         if self.options.asked is not None:
             self.router = self._inner(None)
             if _has_to_learn(self.options):
-                inner_state = self.router.learn(experts, seen)  # type: ignore[attr-defined]  # it is a LearnedRouter
+                inner_state = cast(LearnedRouter, self.router).learn(experts, seen)
         self._prepare_router(experts)
         figures: dict[str, float] = {}
         if self.threshold is None:
-            self.threshold, figures = self._learned_threshold(observed)
+            self.threshold, figures = self._learned_threshold(experts, observed)
         facts = state_facts(
             NAME,
             self.options,
@@ -205,8 +209,10 @@ class CascadeRouter:
         reason = f"{told} is under {threshold:.3f}: weak {self.options.weak} answers; {strong.reason}"
         return Route(weak, strong.candidates, reason)
 
-    def _strong(self, requests: Sequence[RouteRequest]) -> list[Route]:
-        asked = self.router.route(requests) if self.router is not None else None
+    def _strong(self, requests: Sequence[RouteRequest], asked: list[Route] | None = None) -> list[Route]:
+        """Routes as if the strong answered; `asked`: what the router said of the requests, where that is known."""
+        if asked is None and self.router is not None:
+            asked = self.router.route(requests)
         if self.options.strong is None:
             assert asked is not None
             return asked
@@ -215,16 +221,18 @@ class CascadeRouter:
             return [Route(experts, (), f"strong is always {self.options.strong}")] * len(requests)
         return [Route(experts, route.candidates, f"by {self.options.asked}: {route.reason}") for route in asked]
 
-    def _learned_threshold(self, observed: Observed) -> tuple[float, dict[str, float]]:
+    def _learned_threshold(
+        self, experts: Sequence[RoutableExpert], observed: Observed
+    ) -> tuple[float, dict[str, float]]:
         """The threshold and what it does to the observed prompts."""
-        options = self.options
-        routes = self._strong(observed.requests)
+        options, asked, n = self.options, None, len(observed.requests)
+        if options.asked is not None and _has_to_learn(options):
+            asked = left_out_routes(lambda: cast(LearnedRouter, self._inner(None)), experts, observed)
+        routes = self._strong(observed.requests, asked)
         scores = finite(observed, "scores")
         weak = scores[:, observed.subjects.index(options.weak)]
         strong = np.array([_expected(r.experts, row, observed.subjects) for r, row in zip(routes, scores, strict=True)])
-        # The less, the more the strong is wanted; NaN where it cannot answer, or not be told from the weak.
-        values = self._confidences(observed) if options.mode == "after" else -np.array([_score(r) for r in routes])
-        values = np.where([self._differ(route) for route in routes], values, np.nan)
+        values = self._wanted(routes, observed)
         known = ~np.isnan(values)
         if not known.any():
             raise BadInput(
@@ -233,19 +241,30 @@ class CascadeRouter:
             )
         gains = (strong - weak)[known]
         if options.share is not None:
-            cut = cut_by_count(values[known], options.share * len(routes))
+            cut = cut_by_count(values[known], options.share * n)
         else:
             cut = cut_by_gain(values[known], gains - options.price)
         under = values[known] < cut
         figures = {
-            "prompts": float(len(routes)),
-            "strong_share": float(under.sum() / len(routes)),
+            "prompts": float(n),
+            "strong_share": float(under.sum() / n),
             "weak_score": float(weak.mean()),
             "strong_score": float(strong.mean()),
-            "score": float(weak.mean() + gains[under].sum() / len(routes)),
+            "score": float(weak.mean() + gains[under].sum() / n),
         }
+        if options.mode == "after":
+            return cut, figures
+        if asked is not None:  # scores of routers that learned other prompts are on scales of their own
+            own = self._wanted(self._strong(observed.requests), observed)
+            cut = cut_by_count(own[~np.isnan(own)], float(under.sum())) if (~np.isnan(own)).any() else cut
         # What is strictly under the cut is, with its sign turned, all from the next number on.
-        return (cut if options.mode == "after" else math.nextafter(-cut, math.inf)), figures
+        return math.nextafter(-cut, math.inf), figures
+
+    def _wanted(self, routes: Sequence[Route], observed: Observed) -> Floats64:
+        """[n], the less, the more the strong is wanted; NaN where it cannot answer, or not be told from the weak."""
+        after = self.options.mode == "after"
+        values = self._confidences(observed) if after else -np.array([_score(route) for route in routes])
+        return np.where([self._differ(route) for route in routes], values, np.nan)
 
     def _differ(self, strong: Route) -> bool:
         """Whether the strong is another than the weak, and in mode before an expert, since routers score no base."""

@@ -79,9 +79,9 @@ class CategoryRouter:
     """embedding -> category -> the kept expert with the best mean score in it, or the base where none is better.
 
     A mean over few prompts is shrunk: (sum of scores + shrinkage * mean over all prompts) / (prompts + shrinkage). The
-    experts that are kept under the `budget` maximise the mean score of prompts like those observed, exactly (see
-    `_category_budget`); the base is at hand in every category and costs nothing. Training: one embedding a prompt and
-    one classifier. A prompt costs one embedding and a product with [c, d] (knn: [prompts, d]).
+    experts that are kept under the `budget` maximise the mean score of prompts like those observed, exactly; the base
+    is at hand in every category and costs nothing. Training: one embedding a prompt and one classifier. A prompt costs
+    one embedding and a product with [c, d] (knn: [prompts, d]).
     """
 
     Options = CategoryOptions

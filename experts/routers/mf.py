@@ -47,7 +47,7 @@ class MfOptions(Config):
     )
     ties: str = option("none", "who wins of two equal scores: nobody, or the lower loss", choices=("none", "loss"))
     noise: float = option(0.05, "deviation of the Gaussian noise on embeddings in training", minimum=0)
-    epochs: int = option(100, "the most times training goes over the pairs", minimum=1)
+    epochs: int = option(1000, "the most times training goes over the pairs, if left-out ones still gain", minimum=1)
     rate: float = option(0.003, "learning rate of Adam", minimum=1e-8)
     decay: float = option(1e-5, "weight decay", minimum=0)
     top: int = option(1, "how many experts above the threshold answer together", minimum=1)

@@ -9,6 +9,7 @@ nesting deeper than 64, since each of these breaks something later on.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -21,6 +22,9 @@ __all__ = ["BODY_SECONDS", "decode_json", "read_body", "read_json"]
 
 BODY_SECONDS = 60.0
 """Seconds that a body may take: 8 MiB at 1.1 Mbit/s."""
+
+LINGER_SECONDS = 2.0
+"""Seconds for which the rest of a body that is too large is still read, and dropped."""
 
 
 async def read_json(request: Request, *, most: int, seconds: float = BODY_SECONDS) -> Any:
@@ -38,6 +42,7 @@ async def read_body(request: Request, *, most: int, seconds: float = BODY_SECOND
     """
     told = request.headers.get("content-length", "")
     if told.isascii() and told.isdigit() and int(told[:20]) > most:
+        await _let_pass(request)
         raise _too_large(most)
     data = bytearray()
     try:
@@ -45,10 +50,22 @@ async def read_body(request: Request, *, most: int, seconds: float = BODY_SECOND
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > most:
+                    await _let_pass(request)
                     raise _too_large(most)
     except TimeoutError:
         raise Late(f"the body did not arrive within {seconds:g} s", hint=f"{len(data):,} bytes of it did") from None
     return bytes(data)
+
+
+async def _let_pass(request: Request) -> None:
+    """Drops what is still on its way, for a moment: a client that is sending when the connection closes may never see
+    the answer. One that goes on for longer sees a broken connection; one that waits to be told to send is not."""
+    if request.headers.get("expect", "").lower() == "100-continue":
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await request.receive()).get("more_body", False):
+                pass
 
 
 def decode_json(data: bytes) -> Any:

@@ -204,6 +204,12 @@ class Service:
                 prompt = await self.speaker.prepare(make)
                 routed = await self.route(f"{call.id}-{index}", call.model, call.generation, prompt)
                 span.set(route_attributes(routed.route))
+            if routed.aggregator is not None and routed.route.escalation is not None:
+                raise ParameterError(
+                    "a router with a second stage and an aggregator exclude each other",
+                    "model",
+                    hint="take another router, or aggregator=none",
+                )
             if constraint is not None and routed.aggregator is not None:
                 raise ParameterError(
                     "a constrained reply cannot be made of several", "response_format", hint="ask for one expert"

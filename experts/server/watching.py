@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import BadInput, NotFound, Unavailable, XpertError
-from xpert.experts.mixture import (
-    BASE,
-    MIXTURE_FILE,
-    ExpertStore,
-    Mixture,
-    MixtureEntry,
-    MixtureExpert,
-    load_mixture,
-    open_expert,
-)
+from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, open_expert
+from xpert.experts.mixture_file import MIXTURE_FILE, MixtureEntry, load_mixture
 from xpert.experts.server.generations import Generations, served_fingerprint
 from xpert.registry.card import CARD_FILE
 from xpert.registry.versions import Version

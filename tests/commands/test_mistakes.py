@@ -39,7 +39,7 @@ MISTAKES = {
     "select {pool} --shots {shots} -o {d}/o --budget 101%": "more than the whole pool",
     "select {pool} --shots {shots} -o {pool}/under --budget 5": "under: a part of the path is a file",
     "select {pool} --shots {pool} -o {d}/o --budget 5": "every row of the pool overlaps the shots",
-    "select {pool} --shots {bare} -o {d}/o --budget 5": "bare.jsonl: line 1 has no known form",
+    "select {pool} --shots {bare} -o {d}/o --budget 5 --method less": "less' reads the shots' answers, and 1 of 1",
     "select {pool} --shots {b17} -o {d}/o --budget 5": "b17.jsonl: line 17 is not valid JSON",
     "select {pool} --budget 5 -o {d}/o": "needs shots",
     "select {pool} --shots {shots} -o {d}/o --budget 5 --method kshto": "Did you mean 'kshot'?",

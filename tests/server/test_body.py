@@ -35,7 +35,8 @@ def test_a_body_comes_whole_in_whatever_pieces(ask: Ask) -> None:
     assert found == [{"a": "é"}]
 
 
-def test_a_body_that_says_it_is_too_large_is_not_read(ask: Ask) -> None:
+def test_a_body_that_says_it_is_too_large_is_dropped_as_it_comes(ask: Ask) -> None:
+    """Who is still sending when the connection closes may never see the answer; who waits to send never begins."""
     read = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -45,10 +46,17 @@ def test_a_body_that_says_it_is_too_large_is_not_read(ask: Ask) -> None:
 
         await read_body(Request(scope, count), most=10)
 
-    refused = ask(app, headers=[("content-length", "11")], chunks=[b"x" * 11]).raised
-    assert isinstance(refused, TooLarge) and refused.http_status == 413 and not read
+    refused = ask(app, headers=[("content-length", "11")], chunks=[b"x" * 6, b"x" * 5]).raised
+    assert isinstance(refused, TooLarge) and refused.http_status == 413 and len(read) == 2
     assert str(refused) == "the body is larger than 10 bytes"
-    assert isinstance(ask(app, headers=[("content-length", "9" * 5000)]).raised, TooLarge) and not read
+    waiting = [("content-length", "9" * 5000), ("expect", "100-continue")]
+    assert isinstance(ask(app, headers=waiting).raised, TooLarge) and len(read) == 2
+
+
+def test_a_body_that_goes_on_for_ever_is_not_waited_for(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xpert.experts.server.body.LINGER_SECONDS", 0.05)
+    app, _ = reader(read_body, most=10, seconds=5)
+    assert isinstance(ask(app, chunks=[b"x" * 11], ever=True).raised, TooLarge)
 
 
 @pytest.mark.parametrize("told", [None, "3", "-1", "many", "１２", ""])

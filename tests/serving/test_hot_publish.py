@@ -18,7 +18,8 @@ import openai
 import pytest
 
 from xpert.errors import BadInput, Unavailable, XpertError
-from xpert.experts.mixture import GateChoice, Mixture, assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import GateChoice, Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.server.model_names import Way
 from xpert.experts.server.watching import Source, Watch
 from xpert.registry.card import BaseModel

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
-from xpert.experts.mixture import Mixture, assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.server import registry_pages
 from xpert.experts.server.app import create_app
 from xpert.experts.server.registry_pages import RegistryPages
@@ -22,16 +23,22 @@ Make = Callable[..., Path]
 
 
 @dataclass
-class Runner:
-    """What the pages need of a runner: the mixture alone. The engine is never started."""
+class Served:
+    """What the pages need of what is served: the mixture alone. The engine is never started."""
 
     mixture: Mixture
+    number: int = 1
+    tokenizer: object = None
+    stop_ids: frozenset[int] = frozenset()
+    published: list[object] = field(default_factory=list)
 
     @property
-    def lm(self) -> Runner:
+    def current(self) -> Served:
         return self
 
-    tokenizer: object = None
+    @property
+    def lm(self) -> Served:
+        return self
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def registered(store: Registry) -> Mixture:
 
 @pytest.fixture
 def client(registered: Mixture) -> Iterator[TestClient]:
-    yield TestClient(create_app(Runner(registered)), raise_server_exceptions=False)  # type: ignore[arg-type]
+    yield TestClient(create_app(Served(registered)), raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 def test_every_page_is_served_and_no_other_path(client: TestClient) -> None:
@@ -117,7 +124,7 @@ def test_a_folder_that_changes_is_read_again(make_expert: Make, monkeypatch: pyt
 
 def test_a_registry_that_is_gone_is_told(registered: Mixture, store: Registry) -> None:
     store.folder.rename(store.folder.with_name("elsewhere"))
-    answer = TestClient(create_app(Runner(registered))).get("/registry/")  # type: ignore[arg-type]
+    answer = TestClient(create_app(Served(registered))).get("/registry/")  # type: ignore[arg-type]
     assert answer.status_code == 404 and "there is no registry" in answer.json()["error"]["message"]
 
 

@@ -52,7 +52,7 @@ def test_a_chance_is_how_often_the_expert_wins(experts: Any, rows: list[Row]) ->
     place = np.arange(200)
     scores = np.column_stack([place % 4 != 0, place % 4 == 0, np.zeros(200), np.full(200, 0.5)]).astype(float)
     table = Observations(tuple(asked), (*(expert.key for expert in experts), "base"), scores, 1 - scores)
-    router, _ = learned("mf", experts, table, noise="0")
+    router, _ = learned("mf", experts, table, noise="0", epochs="200")
     chances = {candidate.expert: candidate.score for candidate in router.route(asked[:1])[0].candidates}
     # The model ties all pairs together, so that those against the third expert, which never wins, pull a little.
     assert chances["x/arithmetic"] == pytest.approx(0.75, abs=0.08)
@@ -62,7 +62,7 @@ def test_a_chance_is_how_often_the_expert_wins(experts: Any, rows: list[Row]) ->
 
 def test_an_expert_that_always_wins_wins_on_foreign_prompts_too(experts: Any, seen: Observations) -> None:
     best = replace(seen, scores=np.tile([0.2, 0.9, 0.2, 0.5], (150, 1)))
-    router, _ = learned("mf", experts, best)
+    router, _ = learned("mf", experts, best, epochs="50")
     for far in ("¿Dónde está la biblioteca?", ""):
         assert router.route([request(far)])[0].experts == (("x/casing", 1.0),)
 

@@ -188,6 +188,7 @@ def test_a_way_keeps_the_mixtures_own_parameters(pair: Mixture) -> None:
         ("pair:k=0", "k is 0; the least is 1"),
         ("pair:k=1,k=2", "model names k twice"),
         ("pair:embedder=st:/etc", "unknown parameter 'embedder'"),
+        ("pair:aggregator=majority", "router centroid names one expert. Add k=3"),
         ("pair:aggregator=majorty", "unknown aggregator 'majorty'. Did you mean 'majority'?"),
     ],
 )
