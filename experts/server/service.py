@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from xpert.errors import NotFound, XpertError
+from xpert.experts.aggregated import check_one_stage
 from xpert.experts.mixture import BASE
 from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
@@ -198,6 +199,8 @@ class Service:
             with call.span.child("route") as span:
                 prompt = await self.speaker.prepare(make)
                 routed = await self.route(f"{call.id}-{index}", call.model, call.generation, prompt)
+                if routed.aggregator is not None:
+                    check_one_stage(routed.route)
                 span.set(route_attributes(routed.route))
             if constraint is not None and routed.aggregator is not None:
                 raise ParameterError(
