@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xpert import plugins
 from xpert.errors import NotFound, XpertError
 from xpert.experts.mixture import BASE, MIXTURE_FILE, ExpertStore, Mixture, MixtureExpert, load_mixture, open_expert
+from xpert.experts.router_state import read_router_state
+from xpert.experts.routing import options_for
 from xpert.experts.server.generations import Generations
 from xpert.registry.card import CARD_FILE
 
@@ -81,7 +84,7 @@ class Source:
 
     def _with_newest(self, mixture: Mixture) -> Mixture:
         """The mixture with its registered experts in their newest versions, without those that were removed, and with
-        follow `all` also the registry's other experts of the base."""
+        follow `all` also the registry's other experts of the base that its router can choose."""
         store = self._store(mixture)
         members: list[MixtureExpert] = []
         for expert in mixture.experts:
@@ -112,7 +115,10 @@ class Source:
             fits = version.kind == "expert" and version.base_fingerprint == mixture.base.fingerprint
             if fits and version.name not in held and version.name not in taken:
                 found.append(open_expert(version.ref, store))
-        return found
+        useless = _out_of_reach(mixture, found)
+        for key, why in useless.items():
+            log.warning("expert %s of the registry is not served: %s", key, why)
+        return [expert for expert in found if expert.key not in useless]
 
 
 class Watch:
@@ -171,6 +177,21 @@ class Watch:
 
 def _left_out(key: str, error: NotFound) -> None:
     log.warning("expert %s is left out: %s", key, error)
+
+
+def _out_of_reach(mixture: Mixture, experts: Sequence[MixtureExpert]) -> dict[str, str]:
+    """Key -> why the mixture's router could never choose that expert, and would refuse it."""
+    router, found = mixture.router, {}
+    lacking = getattr(plugins.load("router", router), "lacking", None)
+    if lacking is not None:
+        told = lacking(options_for(mixture), [expert.routable() for expert in experts])
+        found |= {key: f"it has no {what}, which router {router} needs" for key, what in told.items()}
+    if mixture.router_state is not None:
+        learned = read_router_state(mixture.router_state.file).facts.get("subjects")
+        if isinstance(learned, list):
+            new = [expert.key for expert in experts if expert.key not in learned]
+            found |= dict.fromkeys(new, f"router {router} has not learned it; train the router again")
+    return found
 
 
 def _registered(ref: str) -> bool:
