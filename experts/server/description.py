@@ -66,7 +66,7 @@ def add_route(
     if kind is not None:
         ok["content"] = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}}}
     if path in ("/v1/chat/completions", "/v1/completions"):
-        ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        ok["content"]["text/event-stream"] = {}  # OpenAPI before 3.2 cannot describe a sequence of events
     responses[200 if path != "/registry" else 307] = ok
     extra: dict[str, Any] = {}
     if body is not None:

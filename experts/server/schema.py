@@ -62,7 +62,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # after Field, or the description loses the bounds
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -129,15 +129,15 @@ class Sampled(_Model):
     """What chat and completion requests share. Without a temperature the answer is greedy."""
 
     model: str
-    max_tokens: Annotated[Whole, Field(ge=0, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=0, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
-    seed: Whole | None = None
-    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -200,10 +200,10 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[Whole, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
 
     def sampling(self) -> Sampling:
@@ -229,7 +229,7 @@ class ChatRequest(Sampled):
         return Constraint("json_schema", json.dumps(form.json_schema.schema_))
 
 
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0, le=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31), WHOLE]], Field(min_length=1)]
 
 
 class CompletionRequest(Sampled):
@@ -238,9 +238,9 @@ class CompletionRequest(Sampled):
     prompt: (
         Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     echo: bool | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -268,7 +268,7 @@ class EmbeddingRequest(_Model):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[Whole, Field(ge=1, le=2**31)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     user: str | None = None
 
     @property
@@ -297,12 +297,17 @@ def parse(model: type[M], value: Any) -> M:
         raise ParameterError("the body must be a JSON object", None)
     given = {key: item for key, item in value.items() if item is not None}
     for name, neutral in NEUTRAL.items():
-        if name in given and name not in model.model_fields and given.pop(name) not in neutral:
+        if name in given and name not in model.model_fields and not _among(given.pop(name), neutral):
             raise ParameterError(f"the parameter {name!r} is not supported", name, hint="leave it out")
     try:
         return model.model_validate(given)
     except ValidationError as error:
         raise _explained(error.errors()[0], model.model_fields) from None
+
+
+def _among(value: Any, allowed: Iterable[Any]) -> bool:
+    """`in`, for which False is not 0."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 _UNION = ("str", "function-", "list[", "constrained-", "nullable[")
