@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from xpert.errors import BadInput, NotFound, XpertError
+from xpert.experts.aggregated import check_one_stage
 from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
 from xpert.experts.server.calls import Call, Heard, Reply
@@ -208,13 +209,9 @@ class Service:
             with call.span.child("route") as span:
                 prompt = await self.speaker.prepare(make)
                 routed = await self.route(f"{call.id}-{index}", call.model, call.generation, prompt)
+                if routed.aggregator is not None:
+                    check_one_stage(routed.route)
                 span.set(route_attributes(routed.route))
-            if routed.aggregator is not None and routed.route.escalation is not None:
-                raise ParameterError(
-                    "a router with a second stage and an aggregator exclude each other",
-                    "model",
-                    hint="take another router, or aggregator=none",
-                )
             if constraint is not None and routed.aggregator is not None:
                 raise ParameterError(
                     "a constrained reply cannot be made of several", "response_format", hint="ask for one expert"

@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xpert import plugins
 from xpert.errors import BadInput, NotFound, Unavailable, XpertError
 from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, open_expert
 from xpert.experts.mixture_file import MIXTURE_FILE, MixtureEntry, load_mixture
+from xpert.experts.router_state import read_router_state
+from xpert.experts.routing import options_for
 from xpert.experts.server.generations import Generations, served_fingerprint
 from xpert.registry.card import CARD_FILE
 from xpert.registry.versions import Version
@@ -103,7 +106,7 @@ class Source:
 
     def _with_newest(self, mixture: Mixture) -> Mixture:
         """The mixture with its registered experts in their newest versions, without those that were removed, and with
-        follow `all` also the registry's other experts of the base."""
+        follow `all` also the registry's other experts of the base that its router can choose."""
         store = self._store_of(mixture)
         members = [self._newest_of(mixture, expert, store) for expert in mixture.experts]
         for key, ref, _, weight in self._gone:  # the version that was mixed is gone, and perhaps not the name
@@ -137,7 +140,10 @@ class Source:
                     found.append(open_expert(version.ref, store))
                 except BadInput as error:  # one that somebody published damaged holds up no other
                     log.warning("expert %s is left out: %s", version.ref, error)
-        return found
+        useless = _out_of_reach(mixture, found)
+        for key, why in useless.items():
+            log.warning("expert %s of the registry is not served: %s", key, why)
+        return [expert for expert in found if expert.key not in useless]
 
 
 class Watch:
@@ -207,6 +213,22 @@ def _name(ref: str) -> str:
 
 def _fits(version: Version, mixture: Mixture) -> bool:
     return version.kind == "expert" and version.base_fingerprint == mixture.base.fingerprint
+
+
+def _out_of_reach(mixture: Mixture, experts: Sequence[MixtureExpert]) -> dict[str, str]:
+    """Key -> why the mixture's router could never choose that expert, and would refuse it."""
+    router = mixture.router
+    found: dict[str, str] = {}
+    lacking = getattr(plugins.load("router", router), "lacking", None)
+    if lacking is not None:
+        told = lacking(options_for(mixture), [expert.routable() for expert in experts])
+        found |= {key: f"it has no {what}, which router {router} needs" for key, what in told.items()}
+    if mixture.router_state is not None:
+        learned = read_router_state(mixture.router_state.file).facts.get("subjects")
+        if isinstance(learned, list):
+            new = [expert.key for expert in experts if expert.key not in learned]
+            found |= dict.fromkeys(new, f"router {router} has not learned it; train the router again")
+    return found
 
 
 def _newest(store: Any, ref: str) -> Version | None:

@@ -14,16 +14,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
+from xpert import plugins
 from xpert.errors import BadInput, Unavailable, XpertError
-from xpert.experts.mixture import GateChoice, Mixture, assemble, open_expert
+from xpert.experts.mixture import GateChoice, Mixture, StateFile, assemble, open_expert
 from xpert.experts.mixture_file import load_mixture, write_mixture
+from xpert.experts.router_state import ROUTER_FILE, write_router_state
 from xpert.experts.server.model_names import Way
 from xpert.experts.server.watching import Source, Watch
+from xpert.protocols import Observations, RouteRequest
+from xpert.records import Message
 from xpert.registry.card import BaseModel
 from xpert.registry.opening import open_registry
+from xpert.storage import hash_file
 
 PROMPT = [{"role": "user", "content": "Write the word in capitals.\n\nbaba"}]
 
@@ -425,3 +431,60 @@ def test_a_way_in_the_making_holds_up_no_other(
         let_go.set()
         assert waiting[0].result() is waiting[1].result()
     assert len(made) == 1
+
+
+def observations(mixture: Mixture) -> Observations:
+    """Each expert is right on the prompts that it has exemplars of, and the base on none."""
+    experts = [expert.routable() for expert in mixture.experts]
+    asked = [(expert.key, text) for expert in experts for text in expert.exemplars[:8]]
+    requests = [RouteRequest(str(n), (Message("user", text),)) for n, (_, text) in enumerate(asked)]
+    subjects = (*mixture.keys, "base")
+    scores = np.array([[float(subject == key) for subject in subjects] for key, _ in asked])
+    return Observations(tuple(requests), subjects, scores, 2 - scores, scores)
+
+
+@pytest.mark.parametrize("router", ["mf", "cascade"])
+def test_experts_that_a_router_has_not_learned_are_not_taken_up(
+    router: str,
+    registry: Any,
+    make_expert: Callable[..., Path],
+    serve: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mixture = load_mixture(mixed(registry, tmp_path, *two(registry, make_expert), router=router))
+    plugin = plugins.load("router", router)
+    state = plugin(plugin.Options()).learn([e.routable() for e in mixture.experts], observations(mixture))
+    write_router_state(tmp_path / ROUTER_FILE, state)
+    learned = StateFile(tmp_path / ROUTER_FILE, hash_file(tmp_path / ROUTER_FILE))
+    write_mixture(tmp_path / "learned.json", dataclasses.replace(mixture, name="learned", router_state=learned))
+    published(registry, make_expert, "arithmetic", 3)
+    served, watch = started(serve, tmp_path / "learned.json", registry, "all")
+    assert served.generations.current.mixture.keys == ("me/casing", "me/reversal")
+    told = "expert me/arithmetic of the registry is not served: router"
+    assert f"{told} {router} has not learned it; train the router again" in caplog.text
+    published(registry, make_expert, "city", 4)
+    published(registry, make_expert, "casing", 5)
+    assert watch.look() is True  # what the router knows is still followed
+    assert [expert.ref for expert in served.generations.current.mixture.experts] == ["me/casing@2", "me/reversal@1"]
+    assert "expert me/city of the registry is not served" in caplog.text
+    registry.remove("me/reversal")
+    assert watch.look() is True
+    assert served.generations.current.mixture.keys == ("me/casing",)
+    answer(served, "learned")
+
+
+def test_experts_that_a_router_could_never_choose_are_not_taken_up(
+    registry: Any,
+    make_expert: Callable[..., Path],
+    serve: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = mixed(registry, tmp_path, *two(registry, make_expert), router="centroid")
+    served, watch = started(serve, file, registry, "all")
+    registry.publish(make_expert("arithmetic", seed=3, exemplars=()), "me/silent")
+    published(registry, make_expert, "city", 4)
+    assert watch.look() is True
+    assert served.generations.current.mixture.keys == ("me/casing", "me/reversal", "me/city")
+    assert "expert me/silent of the registry is not served: it has no exemplars" in caplog.text
