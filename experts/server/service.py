@@ -268,7 +268,7 @@ class Service:
     def headers(self, call: Call) -> dict[str, str]:
         """Of every answer: who gave it, and what is left of the key's limits."""
         return {
-            "x-xpert-experts": experts_header(call.first.outcome.experts),
+            "x-xpert-experts": "; ".join(dict.fromkeys(experts_header(task.outcome.experts) for task in call.tasks)),
             **self.operation.headers(call.holder),
         }
 
