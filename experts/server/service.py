@@ -127,7 +127,7 @@ class Service:
         holder = getattr(request.state, "holder", None)
         try:
             resources.enter_context(self.operation.draining.request(lambda error: _end(stop, error)))
-            deadline = loop.time() + self._allowed(request)
+            deadline = loop.time() + self.allowed(request)
             self.admission.enter(places)
             resources.callback(self.admission.leave, places)
             generation = resources.enter_context(self.generations.hold())
@@ -154,7 +154,7 @@ class Service:
         self.requests += 1
         self.operation.finish(call)
 
-    def _allowed(self, request: Request) -> float:
+    def allowed(self, request: Request) -> float:
         """Seconds that the request may take: the server's, or fewer where the client says so."""
         asked = request.headers.get("x-xpert-timeout")
         if asked is None:
