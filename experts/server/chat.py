@@ -13,11 +13,12 @@ from fastapi.responses import JSONResponse
 
 from xpert.experts.routing import explain
 from xpert.experts.server.calls import Call
+from xpert.experts.server.checks import check_allowed, check_many
 from xpert.experts.server.failures import Late
 from xpert.experts.server.openai_forms import DONE, chat_logprobs, event, experts_header, explanation, usage
 from xpert.experts.server.replies import Prompt
 from xpert.experts.server.schema import ChatMessage, ChatRequest, RouteBody, parse
-from xpert.experts.server.service import Pieces, Service, check_allowed, check_many
+from xpert.experts.server.service import Pieces, Service
 from xpert.protocols import Piece
 
 __all__ = ["Chat"]
@@ -34,7 +35,7 @@ class Chat:
         as a request of its key."""
         service = self.service
         body = parse(RouteBody, await service.read(request))
-        prompt = _prompt(body.messages)
+        prompt = self._prompt(body.messages)
         holder = getattr(request.state, "holder", None)
         seconds = service.allowed(request)
         with service.generations.hold() as generation, service.operation.limits.admit(holder, 0):
@@ -52,7 +53,7 @@ class Chat:
         """An answer, whole or streamed."""
         service = self.service
         body = parse(ChatRequest, await service.read(request))
-        sampling, constraint, prompt = body.sampling(), body.constraint(), _prompt(body.messages)
+        sampling, constraint, prompt = body.sampling(), body.constraint(), self._prompt(body.messages)
         check_many(body.replies, service.options.max_n, "n")
         return await service.answer(
             request,
@@ -65,6 +66,11 @@ class Chat:
             whole=lambda call: self._whole(call, body),
             events=(lambda call, pieces: self._events(call, body, pieces)) if body.stream else None,
         )
+
+    def _prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        made = Prompt(tuple(message.to_message() for message in messages))
+        self.service.check_length(sum(len(message.content) for message in made.messages), "messages")
+        return made
 
     async def _whole(self, call: Call, body: ChatRequest) -> Response:
         replies = await self.service.replies(call)
@@ -127,7 +133,3 @@ def _head(call: Call, kind: str) -> dict[str, Any]:
         "model": call.model,
         "system_fingerprint": f"xpert-{call.generation.fingerprint[:16]}",
     }
-
-
-def _prompt(messages: Sequence[ChatMessage]) -> Prompt:
-    return Prompt(tuple(message.to_message() for message in messages))

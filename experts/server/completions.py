@@ -16,10 +16,11 @@ from fastapi.responses import JSONResponse
 
 from xpert.errors import BadInput
 from xpert.experts.server.calls import Call, Reply
+from xpert.experts.server.checks import check_many
 from xpert.experts.server.openai_forms import DONE, completion_logprobs, event, explanation, text_length, usage
 from xpert.experts.server.replies import Prompt, Task
 from xpert.experts.server.schema import CompletionRequest, ParameterError, check_text, parse
-from xpert.experts.server.service import Pieces, Service, check_many
+from xpert.experts.server.service import Pieces, Service
 from xpert.protocols import Piece, TokenLogprob
 from xpert.records import Message
 
@@ -67,6 +68,7 @@ class Completions:
         tokenizer = self.service.tokenizer
         if isinstance(given, str):
             check_text(given, "prompt")
+            self.service.check_length(len(given), "prompt")
 
         def made() -> Prompt:
             if isinstance(given, str):

@@ -53,6 +53,7 @@ class Embeddings:
         for one in inputs:
             if isinstance(one, str):
                 check_text(one, "input")
+                service.check_length(len(one), "input")
         call = await service.open(request, "embd", served, 1)
         async with call.resources:
             work = self._by_base(call, inputs) if self.space is None else self._by_space(call, self.space, inputs)
@@ -106,7 +107,9 @@ class Embeddings:
             raise ParameterError("an input is empty", "input")
         # The embedder's own tokenizer is not asked; a base's tokens are near enough for a count of usage.
         speaker, tokenizer = self.service.speaker, self.service.tokenizer
-        self._let_in(call, await speaker.prepare(lambda: sum(map(len, tokenizer(texts).input_ids))))
+        # One by one, so that those who wait to be routed come in between.
+        counts = [await speaker.prepare(partial(lambda text: len(tokenizer(text).input_ids), text)) for text in texts]
+        self._let_in(call, sum(counts))
         return await speaker.score(partial(space.embed, texts))
 
 

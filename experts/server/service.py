@@ -8,22 +8,21 @@ import dataclasses
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
 
-from xpert.errors import BadInput, NotFound, XpertError
+from xpert.errors import XpertError
 from xpert.experts.aggregated import check_one_stage
 from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
 from xpert.experts.server.calls import Call, Heard, Reply
+from xpert.experts.server.checks import about_the_model, check_allowed, check_length
 from xpert.experts.server.errors import error_event
-from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
-from xpert.experts.server.key_file import KeyHolder
 from xpert.experts.server.metrics import Moment, engine_figures
 from xpert.experts.server.model_names import Asked, by_way, parse_model
 from xpert.experts.server.openai_forms import experts_header
@@ -38,7 +37,7 @@ from xpert.experts.server.token_texts import TokenTexts
 from xpert.experts.server.tracing import http_attributes, route_attributes
 from xpert.protocols import Constraint, Piece, RouteRequest, Sampling, TokenLogprob
 
-__all__ = ["Events", "Pieces", "Service", "check_allowed", "check_many"]
+__all__ = ["Events", "Pieces", "Service"]
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 Events = Callable[[Call, Pieces], AsyncGenerator[str, None]]
@@ -62,8 +61,10 @@ class Service:
         self.pace = Pace()
         self._calls: dict[str, Call] = {}
         self.speaker: Speaker
+        self._longest_token = 0
 
     def start(self) -> None:
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self.speaker = Speaker(self.generations.engine, self.tokenizer, max_batch=self.options.max_batch)
 
     def stop(self) -> None:
@@ -74,6 +75,10 @@ class Service:
     async def read(self, request: Request) -> Any:
         """The decoded body."""
         return await read_json(request, most=self.options.max_body)
+
+    def check_length(self, characters: int, param: str) -> None:
+        """Raises ParameterError for a text that the base's context cannot hold, whatever its tokens are."""
+        check_length(characters, self.generations.engine.context, self._longest_token, param)
 
     # ── the way of a request ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,14 +174,14 @@ class Service:
 
     def asked(self, model: str, generation: Generation) -> Asked:
         """Raises NotFound or BadInput about the parameter `model`."""
-        with _about_the_model():
+        with about_the_model():
             return parse_model(model, generation.mixture, overrides=self.options.overrides)
 
     def check_way(self, model: str) -> None:
         """Raises what `asked` does, and what is wrong with a way that the current generation has not yet ready."""
         generation = self.generations.current
         asked = self.asked(model, generation)
-        with _about_the_model():
+        with about_the_model():
             by_way(generation.mixture, asked.way)
 
     async def route(self, id: str, model: str, generation: Generation, prompt: Prompt) -> Task:
@@ -187,7 +192,7 @@ class Service:
         # A router that is made for this request takes its time, which the others must not wait for.
         routed = generation.kept(asked.way)
         if routed is None:
-            with _about_the_model():
+            with about_the_model():
                 routed = await asyncio.to_thread(generation.by, asked.way)
         found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(id, prompt.messages)]))
         return Task(id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
@@ -306,32 +311,6 @@ class Service:
             "generation": self.generations.current.number,
             "started": self.started,
         }
-
-
-@contextmanager
-def _about_the_model() -> Iterator[None]:
-    """Says of what is wrong inside that the parameter `model` is."""
-    try:
-        yield
-    except BadInput as error:
-        error.param = "model"  # type: ignore[attr-defined]  # read by the error form
-        if isinstance(error, NotFound):
-            error.code = "model_not_found"  # type: ignore[attr-defined]  # as above
-        raise
-
-
-def check_many(count: int, most: int, param: str) -> None:
-    """Raises ParameterError where one request asks for more replies than the server gives to one."""
-    if count > most:
-        raise ParameterError(f"{count} replies are asked for at once; the most is {most}", param)
-
-
-def check_allowed(holder: KeyHolder | None, model: str, generation: Generation) -> None:
-    """Raises Forbidden for a model that is not among the key's. A way of the mixture is the mixture."""
-    mixture = generation.mixture
-    plain = mixture.name if model.startswith(f"{mixture.name}:") and model not in mixture.keys else model
-    if holder is not None and not holder.allows(plain):
-        raise Forbidden(f"this key may not ask for {model!r}")
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

@@ -133,7 +133,7 @@ def test_a_client_that_leaves_frees_its_place(served: Any) -> None:
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs", "top_logprobs needs logprobs=true"),
         ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format.json_schema", "needs"),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature", "Did you mean 'temperature'"),
-        ({"messages": [{"role": "user", "content": "word " * 3000}]}, openai.BadRequestError, None, "context holds"),
+        ({"messages": [{"role": "user", "content": "word " * 600}]}, openai.BadRequestError, None, "context holds"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

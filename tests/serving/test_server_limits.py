@@ -161,6 +161,27 @@ def test_a_large_body_is_refused(pair: Mixture, serve: Callable[..., Any], decla
     assert reply.json()["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "long " * 100_000}]}, "messages"),
+        ("/v1/route", {"messages": [{"role": "user", "content": "long " * 100_000}]}, "messages"),
+        ("/v1/completions", {"prompt": ["short", "long " * 100_000]}, "prompt"),
+    ],
+)  # fmt: skip
+def test_a_text_that_no_context_holds_is_refused_before_its_tokens_are_counted(
+    served: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str
+) -> None:
+    async def prepare(work: Any) -> Any:
+        raise AssertionError("it was prepared")
+
+    monkeypatch.setattr(served.app.state.service.speaker, "prepare", prepare)
+    reply = httpx.post(f"{served.url}{path}", json={"model": "pair", **body})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert "has 500,000 characters, and the base model's context holds 512 tokens" in reply.json()["error"]["message"]
+
+
 # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
