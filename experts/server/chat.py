@@ -33,7 +33,7 @@ class Chat:
         body = parse(RouteBody, await service.read(request))
         prompt = _prompt(body.messages)
         with service.generations.hold() as generation:
-            model = body.model or generation.mixture.name
+            model = body.model if body.model is not None else generation.mixture.name
             task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
         headers = {"x-xpert-experts": experts_header(task.route.experts)}
         return JSONResponse(explain(task.id, task.route), headers=headers)
