@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.cross_fitting import FOLDS, routes_of
+from xpert.experts.cross_fitting import FOLDS, learns, routes_of
 from xpert.experts.mixture import Mixture, write_mixture
 from xpert.experts.observations import Observed
 from xpert.experts.router_measures import calibration_error, chosen_scores, obtained
+from xpert.experts.routers._learning import untrained
 from xpert.progress import SILENT, Progress
 from xpert.storage import check_output
 
@@ -72,9 +73,12 @@ def calibrate(
     """
     check_output(out)
     options = options or CalibrateOptions()
+    if mixture.router_state is None and learns(mixture.router, mixture.router_params):
+        raise untrained(mixture.router)  # which leaves a calibration out: it would be one of other scores
     routed = routes_of(mixture, observed, folds=folds, seed=seed, device=device, progress=progress)
-    # What the first choice itself is worth: a cascade's second stage has no score of its own.
+    # A chance is of the first choice: a cascade's second stage has no score of its own. A bound leaves out both.
     first = obtained([dataclasses.replace(route, escalation=None) for route in routed.routes], observed.observations)
+    whole = obtained(routed.routes, observed.observations)
     every = chosen_scores(routed.routes)
     known = np.isfinite(every)
     scores, earned = every[known], first.scores[known]
@@ -84,12 +88,14 @@ def calibrate(
             f"router {mixture.router} gave {len(scores)} of {len(every)} prompts to an expert, with "
             f"{len(np.unique(scores))} different scores; a calibration needs {_FEWEST} prompts and two scores",
             where=str(observed.folder),
-            hint="observe a larger suite, or another router",
+            hint="let another than the base be the weak"
+            if any(route.escalation for route in routed.routes) and not len(scores)
+            else "observe a larger suite, or take another router",
         )
     curve = fit_curve(scores, earned, knots=options.knots)
     held_out = _left_out_chances(scores, earned, options.knots, folds, seed)
     at_base = np.array([not route.experts for route in routed.routes])
-    below, gain = _bound(options, curve, scores, earned, base, len(every), int(at_base.sum()), folds, seed)
+    below, gain = _bound(options, curve, scores, whole.scores[known], base, len(every), int(at_base.sum()), folds, seed)
     sent = at_base.copy()
     if below is not None:
         sent |= every < below  # what has no score is not below it
@@ -107,8 +113,8 @@ def calibrate(
         "folds": folds,
         "base_share_before": float(np.mean(at_base)),
         "base_share": float(np.mean(sent)),
-        "score_before": float(np.mean(first.scores)),
-        "score": float(np.mean(np.where(sent, alone, first.scores))),
+        "score_before": float(np.mean(whole.scores)),
+        "score": float(np.mean(np.where(sent & ~at_base, alone, whole.scores))),
         **({"gain_left_out": gain} if gain is not None else {}),
     }
     made = dataclasses.replace(

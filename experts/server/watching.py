@@ -181,7 +181,8 @@ def _left_out(key: str, error: NotFound) -> None:
 
 def _out_of_reach(mixture: Mixture, experts: Sequence[MixtureExpert]) -> dict[str, str]:
     """Key -> why the mixture's router could never choose that expert, and would refuse it."""
-    router, found = mixture.router, {}
+    router = mixture.router
+    found: dict[str, str] = {}
     lacking = getattr(plugins.load("router", router), "lacking", None)
     if lacking is not None:
         told = lacking(options_for(mixture), [expert.routable() for expert in experts])
