@@ -56,9 +56,6 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         ],
         "routing_speed": ["--experts", "100,1000", "--requests", "50"],
         "aggregators": ["--suite", str(data.suite), "--limit", "1", "--max-tokens", "8"],
-        "learned_routers": [
-            *("--prompts", prompts or str(data.suite), "--train", "100", "--experts", "10", "100", "--repeats", "1"),
-        ],
         "serving": ["--streams", "4", "--tokens", "8", "--repeats", "1"],
         "server_load": ["--seconds", "30", "--clients", "8"],
         "engine": ["--repeats", "2"],

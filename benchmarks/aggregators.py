@@ -28,7 +28,8 @@ from xpert.experts.aggregated import open_aggregator, question_of, with_aggregat
 from xpert.experts.aggregating import aggregate, model_encoding
 from xpert.experts.demo.chain import base_model
 from xpert.experts.evaluate import EvalOptions, Evaluation, Subject, usable_items
-from xpert.experts.mixture import AggregatorChoice, Mixture, assemble, load_mixture, open_expert
+from xpert.experts.mixture import AggregatorChoice, Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.serving import load_engine
 from xpert.experts.staged_subjects import aggregated_subject, requests_of

@@ -21,12 +21,13 @@ from xpert import plugins
 from xpert.data import open_pool, read_shots, read_suite
 from xpert.errors import XpertError
 from xpert.experts.evaluate import Evaluation, ItemResult
-from xpert.experts.mixture import BASE, Mixture, assemble, load_mixture, open_expert, write_mixture
-from xpert.experts.observations import Observed, for_mixture, read_observations
-from xpert.experts.observe_options import ObserveOptions
-from xpert.experts.observing import observe
+from xpert.experts.mixture import BASE, Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.profiles import Views, as_profile, write_profile
-from xpert.experts.router_evaluation import RouterChoice, RouterFigures, evaluate_routers
+from xpert.experts.router_learning.evaluating import RouterChoice, RouterFigures, evaluate_routers
+from xpert.experts.router_learning.observations import Observed, for_mixture, read_observations
+from xpert.experts.router_learning.observe_options import ObserveOptions
+from xpert.experts.router_learning.observing import observe
 from xpert.experts.term_keywords import keywords_by_terms
 from xpert.experts.train import train
 from xpert.experts.train_options import TrainOptions
@@ -143,8 +144,9 @@ def _table(mixture: Mixture, train_on: Observed, test_on: Observed, routers: Seq
     means = dict(zip(test_on.observations.subjects, test_on.observations.scores.mean(axis=0).tolist(), strict=True))
     print(f"{len(train_on)} prompts to learn from, {len(test_on)} to measure on. Alone on these:", end=" ")
     print(", ".join(f"{name} {100 * mean:.1f}" for name, mean in means.items()) + ".\n")
-    print("| router | score | as good as the best answer | regret | to the base | answers a prompt | ms a prompt |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("router", "score", "as good as the best answer", "where answers differ", "regret", "to the base")
+    print("| " + " | ".join((*columns, "answers a prompt", "ms a prompt")) + " |")
+    print("|---|---|---|---|---|---|---|---|")
     refused: list[str] = []
     found = None
     for text in routers:
@@ -164,7 +166,7 @@ def _line(one: RouterFigures) -> str:
     spent = f"{one.milliseconds:.2f}" if one.milliseconds is not None else ""
     return (
         f"| {one.name} | {100 * one.score.score:.1f} [{100 * one.score.low:.0f}, {100 * one.score.high:.0f}] "
-        f"| {100 * one.accuracy:.1f} % | {100 * one.regret.score:.1f} "
+        f"| {100 * one.accuracy:.1f} % | {100 * (one.where_it_matters or 0):.1f} % | {100 * one.regret.score:.1f} "
         f"[{100 * one.regret.low:.0f}, {100 * one.regret.high:.0f}] | {100 * one.to_base:.1f} % | {one.answers:.2f} "
         f"| {spent} |"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from xpert.data import read_prompts
 from xpert.protocols import Observations, RoutableExpert, RouteRequest
 
 OWN, OTHER, BASE = 0.9, 0.2, 0.5
-WAYS = (
+WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("category", {}),
     ("category", {"classifier": "knn"}),
     ("tryage", {"predict": "score"}),

@@ -133,7 +133,7 @@ class Load:
                 self.tally.busy += 1
                 return
             assert reply.status_code == 200, await reply.aread()
-            events = []
+            events: list[str] = []
             async for line in reply.aiter_lines():
                 if not line.startswith("data: "):
                     continue
@@ -379,7 +379,8 @@ def serve_command(mixture: Path, registry: str, *options: str) -> list[str]:
 
 def prepare(registry: Any, folders: list[Path], where: Path) -> Path:
     """Two published experts in a mixture named `desk`."""
-    from xpert.experts.mixture import assemble, open_expert, write_mixture
+    from xpert.experts.mixture import assemble, open_expert
+    from xpert.experts.mixture_file import write_mixture
 
     refs = [
         registry.publish(folder, f"me/{name}").ref for folder, name in zip(folders, ("casing", "sums"), strict=False)

@@ -102,7 +102,7 @@ async def by_server(
 
 
 def main() -> None:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.serving import MixtureRunner
     from xpert.registry.opening import open_registry
 

@@ -48,7 +48,7 @@ def choose(
 
     from xpert.data import read_suite
     from xpert.experts.aggregator_choice import choose_aggregator
-    from xpert.experts.mixture import load_mixture, write_mixture
+    from xpert.experts.mixture_file import load_mixture, write_mixture
     from xpert.registry.opening import open_registry
     from xpert.storage import check_output
 

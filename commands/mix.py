@@ -77,7 +77,7 @@ def command(
     from xpert.data import read_shots
     from xpert.experts.aggregated import chosen_aggregator
     from xpert.experts.mixing import mix
-    from xpert.experts.mixture import write_mixture
+    from xpert.experts.mixture_file import write_mixture
     from xpert.registry.opening import open_registry
 
     if out.is_dir():
@@ -134,7 +134,7 @@ def _gate(name: str | None, params: tuple[str, ...]) -> Any:
 
 
 def _text(out: Path, mixture: Any) -> str:
-    from xpert.experts.cross_fitting import learns
+    from xpert.experts.router_learning.cross_fitting import learns
 
     behind = f"router {mixture.router}" + (f" and gate {mixture.gate.name}" if mixture.gate else "")
     behind += f", with aggregator {mixture.aggregator.name}" if mixture.aggregator else ""

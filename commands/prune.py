@@ -42,7 +42,7 @@ def command(
     Writes DIR/mixture.json, and DIR/pruning.json with what stands for each old expert.
     """
     from xpert.data import read_prompts, read_suite
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.pruning import prune
     from xpert.experts.usage import measure_usage, read_usage
     from xpert.registry.opening import open_registry

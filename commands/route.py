@@ -27,7 +27,7 @@ def command(session: Session, mixture: str, prompts: Path, location: str | None)
     MIXTURE is a file, OWNER/NAME[@VERSION] of a registry, or an expert folder. The base model is not loaded.
     """
     from xpert.data import read_prompts
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.routing import MixtureRouter, explain, route_request
     from xpert.registry.opening import open_registry
 

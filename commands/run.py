@@ -75,7 +75,7 @@ def command(
     from xpert.data import read_prompts
     from xpert.experts.aggregated import chosen_aggregator, with_aggregator
     from xpert.experts.answering import answer_file
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.serving import EngineChoice, MixtureRunner
     from xpert.protocols import Sampling
     from xpert.registry.opening import open_registry

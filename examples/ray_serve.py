@@ -29,7 +29,7 @@ def build() -> Any:
 
 def deploy(*, replicas: int = 1, most: int = 4, gpus: float = 0.0) -> Any:
     """The deployment; `gpus` of each replica."""
-    made = serve.deployment(
+    made: Any = serve.deployment(
         serve.ingress(build)(),
         name="xpert",
         max_ongoing_requests=MAX_BATCH + MAX_QUEUE,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from xpert.data import read_prompts
 from xpert.experts.mixing import mix
-from xpert.experts.mixture import write_mixture
+from xpert.experts.mixture_file import write_mixture
 from xpert.experts.serving import MixtureRunner, Reply
 from xpert.experts.train import train
 from xpert.experts.train_options import TrainOptions

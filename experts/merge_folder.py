@@ -17,7 +17,8 @@ from xpert.experts.expert_folder import EXEMPLARS
 from xpert.experts.expert_report import write_expert_report
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import MergeResult
-from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert, assemble, open_expert, write_mixture
+from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert, assemble, open_expert
+from xpert.experts.mixture_file import MIXTURE_FILE, write_mixture
 from xpert.experts.spending import Spending, in_all, spent_of
 from xpert.experts.training_data import TrainingRows, licences_of
 from xpert.progress import SILENT, Progress

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from xpert.errors import BadInput
 from xpert.experts.adapters import read_updates
-from xpert.experts.mixture import ExpertStore, Mixture, MixtureExpert, assemble, load_mixture
+from xpert.experts.mixture import ExpertStore, Mixture, MixtureExpert, assemble
+from xpert.experts.mixture_file import load_mixture
 from xpert.protocols import EngineRequest, MergeTask
 from xpert.records import Shots
 from xpert.registry.card import BaseModel

@@ -11,7 +11,8 @@ from xpert.errors import BadInput, XpertError
 from xpert.experts.adapters import read_adapter, read_parts
 from xpert.experts.checkpoints import other_work, remove_work, work_folder
 from xpert.experts.expert_folder import Trained
-from xpert.experts.mixture import ExpertStore, Mixture, load_mixture
+from xpert.experts.mixture import ExpertStore, Mixture
+from xpert.experts.mixture_file import load_mixture
 from xpert.experts.mixture_training_folder import KIND, write_trained_mixture
 from xpert.experts.train import Run, prepare, processes, quiet_warnings, trained_to_the_end
 from xpert.experts.train_options import TrainOptions

@@ -15,7 +15,8 @@ from typing import Any
 from xpert.experts.adapters import CONFIG_FILE, WEIGHTS_FILE
 from xpert.experts.expert_folder import Trained, selection_of, settle_adapter_config
 from xpert.experts.expert_report import LOG_FILE, write_expert_report
-from xpert.experts.mixture import MIXTURE_FILE, GateChoice, Mixture, MixtureExpert
+from xpert.experts.mixture import GateChoice, Mixture, MixtureExpert
+from xpert.experts.mixture_file import MIXTURE_FILE
 from xpert.experts.spending import in_all, spent_of
 from xpert.experts.training_data import licences_of
 from xpert.registry.card import EXEMPLARS_FILE, ExpertCard

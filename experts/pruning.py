@@ -14,7 +14,8 @@ from xpert.experts.evaluate import EvalOptions, Evaluation
 from xpert.experts.merge_folder import FATE_FILE, write_pool
 from xpert.experts.merge_sources import MergeSources
 from xpert.experts.merging import merge
-from xpert.experts.mixture import MIXTURE_FILE, Mixture, write_mixture
+from xpert.experts.mixture import Mixture
+from xpert.experts.mixture_file import MIXTURE_FILE, write_mixture
 from xpert.experts.subjects import Entrant, run_entrants
 from xpert.experts.usage import Usage
 from xpert.progress import SILENT, Progress

@@ -11,7 +11,8 @@ from xpert import plugins
 from xpert.errors import BadInput, NotFound
 from xpert.experts.aggregated import open_aggregator
 from xpert.experts.evaluate import EvalOptions, Evaluation, ItemResult, Subject, evaluate
-from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert, load_mixture
+from xpert.experts.mixture import BASE, ExpertStore, Mixture, MixtureExpert
+from xpert.experts.mixture_file import load_mixture
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.serving import gate_cosines, open_engine, open_gate
 from xpert.experts.staged_subjects import aggregated_subject, requests_of, staged_subject

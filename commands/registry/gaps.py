@@ -55,7 +55,7 @@ def command(
     """
     from xpert.experts.gaps.reading import read_requests
     from xpert.experts.gaps.report import gaps_report, write_gaps
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.registry.opening import open_registry
     from xpert.registry.skills.taxonomy import Taxonomy
     from xpert.storage import check_output

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xpert.commands.options import Session, common_options, config_options, take
-from xpert.experts.observe_options import ObserveOptions
+from xpert.experts.router_learning.observe_options import ObserveOptions
 
 if TYPE_CHECKING:
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["folds_option", "mixture_options", "observation_options", "percent"]
 
@@ -34,7 +34,7 @@ def mixture_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @common_options
     @functools.wraps(command)
     def wrapped(session: Session, mixture: str, location: str | None, base: str | None, **options: Any) -> Any:
-        from xpert.experts.mixture import load_mixture
+        from xpert.experts.mixture_file import load_mixture
         from xpert.registry.opening import open_registry
 
         loaded = load_mixture(mixture, open_registry(location) if location is not None else None)
@@ -61,7 +61,7 @@ def observation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         settings = take(ObserveOptions, options)
 
         def observed(path: str = source) -> Observed:
-            from xpert.experts.observing import observed_on
+            from xpert.experts.router_learning.observing import observed_on
 
             return observed_on(mixture, path, settings, device=session.device, progress=session.progress)
 

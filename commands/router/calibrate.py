@@ -11,12 +11,12 @@ import click
 from xpert.commands.options import Session, config_options, take
 from xpert.commands.router._shared import folds_option, mixture_options, observation_options, percent
 from xpert.errors import BadInput
-from xpert.experts.router_calibration import CalibrateOptions
+from xpert.experts.router_learning.calibrating import CalibrateOptions
 
 if TYPE_CHECKING:
     from xpert.experts.calibration import Calibration
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["command"]
 
@@ -35,7 +35,7 @@ def command(
     The chance of a route is what its expert's answer is expected to earn: where answers are right or wrong, how likely
     it is right. The error printed is of prompts left out of the curve's making.
     """
-    from xpert.experts.router_calibration import calibrate
+    from xpert.experts.router_learning.calibrating import calibrate
     from xpert.storage import check_output
 
     settings = take(CalibrateOptions, options)

@@ -13,8 +13,8 @@ from xpert.commands.router._shared import folds_option, mixture_options, observa
 
 if TYPE_CHECKING:
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
-    from xpert.experts.router_evaluation import RouterEvaluation, RouterFigures
+    from xpert.experts.router_learning.evaluating import RouterEvaluation, RouterFigures
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["command", "router_table"]
 
@@ -54,8 +54,8 @@ def command(
     the prompts and measured on those left out, unless it was trained on others or --held-out names others. Of several
     experts with weights, the heaviest one's answer counts.
     """
-    from xpert.experts.router_evaluation import RouterChoice, evaluate_routers
-    from xpert.experts.router_report import write_router_report
+    from xpert.experts.router_learning.evaluating import RouterChoice, evaluate_routers
+    from xpert.experts.router_learning.report import write_router_report
     from xpert.storage import check_output
 
     choices = [RouterChoice.parse(text) for text in routers]
@@ -82,8 +82,8 @@ def router_table(found: RouterEvaluation) -> list[str]:
     every = [*found.routers, *found.controls]
     width = max(len(one.name) for one in every)
     head = (
-        f"{'':<{width}}  {'score':>18}  {'as oracle':>9}  {'regret':>18}  {'base':>5}  {'answers':>7}  {'Mparam':>7}  "
-        f"{'ms':>6}  measured"
+        f"{'':<{width}}  {'score':>18}  {'as oracle':>9}  {'matters':>7}  {'regret':>18}  {'base':>5}  "
+        f"{'answers':>7}  {'Mparam':>7}  {'ms':>6}  measured"
     )
     return [head, *(_line(one, width) for one in every)]
 
@@ -91,17 +91,22 @@ def router_table(found: RouterEvaluation) -> list[str]:
 def _line(one: RouterFigures, width: int) -> str:
     score = f"{100 * one.score.score:.1f} [{100 * one.score.low:.1f}-{100 * one.score.high:.1f}]"
     regret = f"{100 * one.regret.score:.1f} [{100 * one.regret.low:.1f}-{100 * one.regret.high:.1f}]"
+    matters = f"{100 * one.where_it_matters:.1f}" if one.where_it_matters is not None else "-"
     size = f"{one.parameters:.2f}" if one.parameters is not None else "-"
     spent = f"{one.milliseconds:.2f}" if one.milliseconds is not None else "-"
     return (
-        f"{one.name:<{width}}  {score:>18}  {100 * one.accuracy:>9.1f}  {regret:>18}  {100 * one.to_base:>5.1f}  "
-        f"{one.answers:>7.2f}  {size:>7}  {spent:>6}  {one.how}"
+        f"{one.name:<{width}}  {score:>18}  {100 * one.accuracy:>9.1f}  {matters:>7}  {regret:>18}  "
+        f"{100 * one.to_base:>5.1f}  {one.answers:>7.2f}  {size:>7}  {spent:>6}  {one.how}"
     )
 
 
 def _lines(found: RouterEvaluation) -> list[str]:
     """The table, what chances and second stages did, and of a single router its curves."""
-    lines = [f"{found.oracle.n:,} prompts of {found.suite}; in hundredths, with 95 % intervals:", ""]
+    lines = [
+        f"{found.oracle.n:,} prompts of {found.suite}, {found.differing:,} on which subjects differ; in hundredths, "
+        "with 95 % intervals:",
+        "",
+    ]
     lines += [*router_table(found), ""]
     for one in found.routers:
         if one.escalated:

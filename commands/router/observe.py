@@ -9,11 +9,11 @@ import click
 
 from xpert.commands.options import Session, config_options, take
 from xpert.commands.router._shared import mixture_options
-from xpert.experts.observe_options import ObserveOptions
+from xpert.experts.router_learning.observe_options import ObserveOptions
 
 if TYPE_CHECKING:
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["command"]
 
@@ -29,7 +29,7 @@ def command(session: Session, mixture: Mixture, suite: str, out: Path, **options
     DIR gets a line per item in observations.jsonl: what each answered, the score it earned, its confidence, and its
     loss on the reference answer. Experts answer alone, without the mixture's gate. Stopped, the same command goes on.
     """
-    from xpert.experts.observing import observe
+    from xpert.experts.router_learning.observing import observe
 
     found = observe(
         mixture, suite, out, take(ObserveOptions, options), device=session.device, progress=session.progress

@@ -13,7 +13,7 @@ from xpert.commands.router._shared import folds_option, mixture_options, observa
 
 if TYPE_CHECKING:
     from xpert.experts.mixture import Mixture
-    from xpert.experts.observations import Observed
+    from xpert.experts.router_learning.observations import Observed
 
 __all__ = ["command"]
 
@@ -39,7 +39,7 @@ def command(
     What it has learned lies beside FILE, in a .safetensors file. The figures printed are of prompts left out of its
     training, fold by fold. A calibration of MIXTURE is left out, since it was another router's.
     """
-    from xpert.experts.router_training import check_trainable, train_router
+    from xpert.experts.router_learning.training import check_trainable, train_router
 
     given = pairs(params, option="--param")
     check_trainable(router, given, out)

@@ -90,7 +90,7 @@ def run_demo(
     """
     from xpert.data import read_suite
     from xpert.experts.mixing import mix
-    from xpert.experts.mixture import write_mixture
+    from xpert.experts.mixture_file import write_mixture
     from xpert.experts.train import train
     from xpert.pool_build import build_pool
     from xpert.registry.opening import open_registry

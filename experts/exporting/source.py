@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from xpert.errors import BadInput, NotFound
 from xpert.experts.adapters import CONFIG_FILE
 from xpert.experts.bare_base import find_base
-from xpert.experts.mixture import MIXTURE_FILE, ExpertStore
+from xpert.experts.mixture import ExpertStore
+from xpert.experts.mixture_file import MIXTURE_FILE
 from xpert.registry.card import CARD_FILE, ExpertCard
 from xpert.storage import read_json
 

@@ -54,9 +54,9 @@ class SkillsOptions(Config):
     )
     tau: float = option(0.5, "of the exponent 1/tau on what an expert got right over all", minimum=0.01)
     fallback: str = option(
-        "base",
-        "who answers where nothing speaks for an expert: the base, or the best over all",
-        choices=("base", "global"),
+        "global",
+        "who answers where no keyword is known: the best over all, or the base",
+        choices=("global", "base"),
     )
     base: str | None = option(None, "the base model, for embedder lm and as model; by default the mixture's base")
 
@@ -78,10 +78,11 @@ class SkillsRouter:
 
     As published, but for these. Votes are shares that few items shrink, rather than counts, as experts may be profiled
     on suites of different lengths. G is shifted always, not only where one is negative: a share near zero would shut
-    an expert out. k different experts, the best ones, unless draw and replacement say otherwise. Where no keyword is
-    known, or no expert has a vote above zero on those that are, the base answers (fallback=base) or the experts with
-    the best global (fallback=global, candidates then scoring global - 1, under all that are known for something);
-    the release draws three experts at random.
+    an expert out. k different experts, the best ones, unless draw and replacement say otherwise. local+ is what is
+    above zero; where nothing is, as with small models that get most of a suite wrong, local is shifted by its minimum,
+    so that the least wrong is recruited. Where no keyword is known, or all experts are equally bad on those that are,
+    those with the best global answer (fallback=global, candidates then scoring global - 1, under all that are known for
+    something) or the base does (fallback=base); the release draws three experts at random.
 
     Experts without a profile by keywords are routed to by assumed votes, see `KeywordVotes`. Draws depend on seed,
     request id and expert alone. A prompt costs O(words + experts), and with embedder or model what these cost.
@@ -157,11 +158,12 @@ class SkillsRouter:
     def _route(self, request_id: str, keywords: Sequence[Keyword]) -> Route:
         names = [keyword.name for keyword in keywords]
         local = self.votes.local(names)
-        weights = np.maximum(local, 0) * self._global
+        shifted = local if (local > 0).any() else local - local.min()
+        weights = np.maximum(shifted, 0) * self._global
         known = f"keywords {', '.join(map(str, keywords))}" if keywords else "no keyword of the profiles in the prompt"
         scores, shown = weights, max(SHOWN, self.options.k)
         if not weights.any():
-            nobody = f"{known}; no expert is better than even on them" if keywords else known
+            nobody = f"{known}; no expert is better than another on them" if keywords else known
             if self.options.fallback == "base":
                 candidates = candidates_at(best_places(scores, shown), self._keys, scores)
                 return Route((), candidates, f"skills: {nobody}; the base answers")

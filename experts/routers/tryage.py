@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from xpert.config import Config, option
 from xpert.errors import BadInput, Corrupt, unknown
-from xpert.experts.cost_front import FrontPoint, cost_front
+from xpert.experts.router_learning.cost_front import FrontPoint, cost_front
 from xpert.experts.routers._choice import SHOWN, best_places, candidates_at, softmax_weights
 from xpert.experts.routers._flags import Wishes, read_flags
 from xpert.experts.routers._learning import (

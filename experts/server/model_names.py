@@ -16,8 +16,9 @@ from typing import Any
 from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput, NotFound, unknown
-from xpert.experts.cross_fitting import learns
+from xpert.experts.aggregated import check_aggregator
 from xpert.experts.mixture import BASE, AggregatorChoice, Mixture
+from xpert.experts.router_learning.cross_fitting import learns
 from xpert.protocols import WeightedExperts
 
 __all__ = ["Asked", "Way", "by_way", "parse_model"]
@@ -101,7 +102,7 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         _known("aggregator", way.aggregator)
         same = mixture.aggregator is not None and mixture.aggregator.name == way.aggregator
         aggregator = mixture.aggregator if same else AggregatorChoice(way.aggregator)
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         mixture,
         router=router,
         router_params=params,
@@ -109,6 +110,11 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         calibration=mixture.calibration if own else None,
         aggregator=aggregator,
     )
+    try:
+        check_aggregator(changed)
+    except BadInput as error:
+        raise BadInput(error.what, where="model", hint="add k=3, or take another router or aggregator") from None
+    return changed
 
 
 def _known(kind: str, name: str) -> Any:

@@ -27,7 +27,8 @@ def noisy() -> Callable[[], ScriptedEngine]:
 @pytest.fixture(scope="session")
 def three(make_adapter: Callable[..., Path], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture file of experts for casing, arithmetic and reversal behind router `fixed`, which takes them all."""
-    from xpert.experts.mixture import assemble, open_expert, write_mixture
+    from xpert.experts.mixture import assemble, open_expert
+    from xpert.experts.mixture_file import write_mixture
     from xpert.language_model import model_fingerprint
     from xpert.registry.card import BaseModel, ExpertCard
 

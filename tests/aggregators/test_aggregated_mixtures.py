@@ -13,7 +13,8 @@ from click.testing import Result
 
 from xpert.errors import BadInput
 from xpert.experts.aggregated import check_aggregator, most_experts, with_aggregator
-from xpert.experts.mixture import AggregatorChoice, GateChoice, Mixture, load_mixture, write_mixture
+from xpert.experts.mixture import AggregatorChoice, GateChoice, Mixture
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.protocols import Question, Route, Sampling
 from xpert.records import Row
 

@@ -46,7 +46,7 @@ def test_confidence_is_the_geometric_mean() -> None:
 
 @pytest.fixture
 def runner_of(three: Path) -> Callable[[float], Any]:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.serving import MixtureRunner, load_engine
 
     mixture = load_mixture(three)

@@ -88,7 +88,7 @@ def suite(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.conftest import make_columns, to_row
     from xpert.experts.aggregating import model_encoding
     from xpert.experts.aggregator_choice import _replies
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.serving import load_engine
 
     items = [
@@ -117,7 +117,7 @@ def suite(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_a_mixture_that_aggregates(
     xpert: Callable[..., Result], three: Path, suite: Path, tmp_path: Path
 ) -> None:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
 
     out = tmp_path / "chosen.json"
     told = xpert("aggregator", "choose", three, "--on", suite, "-o", out, "--max-tokens", 6, "--json", "--quiet")

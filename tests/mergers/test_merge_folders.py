@@ -17,7 +17,8 @@ from xpert.experts.engines.torch_lora import TorchEngine
 from xpert.experts.merge_folder import write_merge
 from xpert.experts.merge_sources import read_sources, shots_loss
 from xpert.experts.merging import merge
-from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.language_model import LanguageModel, load_model
 from xpert.protocols import EngineRequest
 from xpert.records import Row, Shots

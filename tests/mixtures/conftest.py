@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from xpert.experts.mixture import assemble, open_expert, write_mixture
+from xpert.experts.mixture import assemble, open_expert
+from xpert.experts.mixture_file import write_mixture
 from xpert.language_model import LanguageModel, load_model
 from xpert.model_files import find_model
 from xpert.registry.card import BaseModel, ExpertCard

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from xpert.errors import BadInput
-from xpert.experts.mixture import load_mixture
+from xpert.experts.mixture_file import load_mixture
 from xpert.experts.mixture_training import train_mixture
 from xpert.experts.train_options import TrainOptions
 from xpert.records import Shots

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.experts.mixture import load_mixture
+from xpert.experts.mixture_file import load_mixture
 from xpert.registry.store import Registry
 from xpert.storage import hash_file
 

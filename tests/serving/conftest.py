@@ -60,7 +60,8 @@ def make_expert(
 @pytest.fixture
 def mixture_file(make_expert: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes a mixture of experts for casing, arithmetic and reversal."""
-    from xpert.experts.mixture import assemble, open_expert, write_mixture
+    from xpert.experts.mixture import assemble, open_expert
+    from xpert.experts.mixture_file import write_mixture
 
     def make(router: str = "centroid", name: str = "three", **params: Any) -> Path:
         experts = [open_expert(make_expert(s, seed=i)) for i, s in enumerate(("casing", "arithmetic", "reversal"), 1)]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from xpert.experts.answering import answer_file
-from xpert.experts.mixture import load_mixture
+from xpert.experts.mixture_file import load_mixture
 from xpert.experts.serving import MixtureRunner
 from xpert.protocols import Sampling
 from xpert.records import Message, Row

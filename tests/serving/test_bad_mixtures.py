@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from xpert.errors import BadInput, Corrupt, NotFound, XpertError
-from xpert.experts.mixture import MixtureExpert, assemble, load_mixture
+from xpert.experts.mixture import MixtureExpert, assemble
+from xpert.experts.mixture_file import load_mixture
 from xpert.registry.card import BaseModel, ExpertCard
 
 NAN, INFINITE = float("nan"), float("inf")

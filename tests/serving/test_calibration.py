@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.router_calibration import (
+from xpert.experts.router_learning.calibrating import (
     CalibrateOptions,
     best_bound,
     bound_at_chance,
     bound_at_share,
     fit_curve,
 )
-from xpert.experts.router_measures import calibration_error, chosen_scores, reliability, risk_coverage
+from xpert.experts.router_learning.measures import calibration_error, chosen_scores, reliability, risk_coverage
 from xpert.protocols import Candidate, Escalation, Route
 
 Floats = NDArray[np.float64]

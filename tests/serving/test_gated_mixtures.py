@@ -12,7 +12,8 @@ from click.testing import Result
 from safetensors.torch import save_file
 
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.experts.mixture import GateChoice, load_mixture, write_mixture
+from xpert.experts.mixture import GateChoice
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.serving import EngineChoice, MixtureRunner
 from xpert.protocols import Sampling
 from xpert.storage import hash_file

@@ -12,7 +12,8 @@ import pytest
 
 from xpert.errors import BadInput, Corrupt, NotFound
 from xpert.experts.mixing import mix
-from xpert.experts.mixture import assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.registry.card import BaseModel
 from xpert.registry.store import Registry
 

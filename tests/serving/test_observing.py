@@ -15,12 +15,13 @@ import pytest
 from click.testing import Result
 
 from xpert.errors import BadInput, Corrupt, NotFound
-from xpert.experts import observing
 from xpert.experts.metrics import score
-from xpert.experts.mixture import Mixture, load_mixture
-from xpert.experts.observations import ROWS_FILE, for_mixture, read_observations
-from xpert.experts.observe_options import ObserveOptions
-from xpert.experts.observing import observe, observed_on
+from xpert.experts.mixture import Mixture
+from xpert.experts.mixture_file import load_mixture
+from xpert.experts.router_learning import observing
+from xpert.experts.router_learning.observations import ROWS_FILE, for_mixture, read_observations
+from xpert.experts.router_learning.observe_options import ObserveOptions
+from xpert.experts.router_learning.observing import observe, observed_on
 from xpert.protocols import EngineRequest, Sampling
 from xpert.row_files import read_suite
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from xpert.experts.mixture import Mixture, assemble, load_mixture, open_expert, write_mixture
+from xpert.experts.mixture import Mixture, assemble, open_expert
+from xpert.experts.mixture_file import load_mixture, write_mixture
 from xpert.experts.server import registry_pages
 from xpert.experts.server.app import create_app
 from xpert.experts.server.registry_pages import RegistryPages

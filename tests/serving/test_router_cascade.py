@@ -107,7 +107,7 @@ class TestWithoutTraining:
             assert kind.untrained(kind.Options.from_mapping(params)) is needless, params
 
     def test_a_mixture_opens_it_without_a_state(self, mixture_file: Callable[..., Path]) -> None:
-        from xpert.experts.mixture import load_mixture
+        from xpert.experts.mixture_file import load_mixture
         from xpert.experts.routing import MixtureRouter, explain
 
         router = MixtureRouter(load_mixture(str(mixture_file("cascade", threshold=0.5))))

@@ -16,8 +16,9 @@ from xpert import plugins
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.mixture import Mixture, load_mixture, write_mixture
-from xpert.experts.observations import Observed, write_observations
+from xpert.experts.mixture import Mixture
+from xpert.experts.mixture_file import load_mixture, write_mixture
+from xpert.experts.router_learning.observations import Observed, write_observations
 from xpert.experts.routing import MixtureRouter, route_request
 from xpert.protocols import (
     Candidate,
@@ -267,6 +268,9 @@ def test_figures_are_those_of_a_plain_count(xpert: Run, mixture: Path, seen: Pat
     assert own["score"]["score"] == pytest.approx(got.mean())
     assert own["regret"]["score"] == pytest.approx((best - got).mean())
     assert own["accuracy"] == pytest.approx((got == best).mean())
+    differ = best > scores.min(axis=1)
+    assert value["differing"] == differ.sum() < 200
+    assert own["where_it_matters"] == pytest.approx((got == best)[differ].mean())
     assert own["to_base"] == pytest.approx(np.mean(np.array(chosen) == 3))
     assert sum(own["subjects"].values()) == 200
     assert figures(value, "base alone")["score"]["score"] == pytest.approx(scores[:, 3].mean())
@@ -324,7 +328,7 @@ def test_a_trained_mixture_is_cross_fitted_on_what_it_was_trained_on_alone(
 
 
 def test_equal_prompts_lie_in_one_fold(mixture: Path, rows: list[Row], tmp_path: Path) -> None:
-    from xpert.experts.cross_fitting import folds_of
+    from xpert.experts.router_learning.cross_fitting import folds_of
 
     found = write_seen(tmp_path / "seen", mixture, observed_rows([*rows[:40], *rows[:40]]))
     parts = folds_of(found, 4, 0)
@@ -354,7 +358,7 @@ def test_a_second_stage_answers_where_the_first_is_not_sure(
 
 
 def test_confidences_that_were_not_observed(mixture: Path, rows: list[Row], tmp_path: Path) -> None:
-    from xpert.experts.router_measures import obtained
+    from xpert.experts.router_learning.measures import obtained
 
     found = write_seen(tmp_path / "seen", mixture, observed_rows(rows[:3])).observations
     cascade = Route((("casing", 1.0),), (), "", Escalation((), 0.5))

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from tests.serving.observing import experts_of, learned, observed, opened, request, requests_of
 from xpert.errors import BadInput, NotFound
-from xpert.experts.cost_front import cost_front, turning_points
+from xpert.experts.router_learning.cost_front import cost_front, turning_points
 from xpert.experts.routers._flags import FLAGS, read_flags
 from xpert.experts.routers._regression import PENALTIES, Mlp, Ridge, left_out_residuals
 from xpert.protocols import Observations, RoutableExpert, RouteRequest

@@ -73,7 +73,7 @@ def test_a_key_has_its_limits(keyed: tuple[Any, Any]) -> None:
     assert "2 requests a minute" in third.json()["error"]["message"]
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
     with client, pytest.raises(openai.RateLimitError):
-        client.chat.completions.create(**ASK)
+        client.chat.completions.create(**dict[str, Any](ASK))
 
 
 def test_tokens_are_counted_by_what_was_used(keyed: tuple[Any, Any]) -> None:

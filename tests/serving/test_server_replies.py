@@ -197,6 +197,7 @@ def test_a_way_to_a_cascade_needs_no_training_with_a_threshold(pair: Mixture) ->
         ("pair:k=0", "k is 0; the least is 1"),
         ("pair:k=1,k=2", "model names k twice"),
         ("pair:embedder=st:/etc", "unknown parameter 'embedder'"),
+        ("pair:aggregator=majority", "router centroid names one expert. Add k=3"),
         ("pair:aggregator=majorty", "unknown aggregator 'majorty'. Did you mean 'majority'?"),
     ],
 )
@@ -334,3 +335,14 @@ def test_what_an_aggregated_reply_cannot_have(
     staged(aggregator=_Joined())
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, **change)
+
+
+def test_a_whole_number_may_be_written_as_a_float(served: Any) -> None:
+    def answered(**change: Any) -> httpx.Response:
+        body = {"model": "base", "prompt": [3, 4], "max_tokens": 2, **change}
+        return httpx.post(f"{served.url}/v1/completions", json=body)
+
+    plain = answered(seed=1, logprobs=1).json()
+    assert answered(prompt=[3.0, 4.0], max_tokens=2.0, seed=1.0, logprobs=1.0).json()["choices"] == plain["choices"]
+    assert answered(max_tokens=2.5).status_code == 400
+    assert "less than or equal to 20" in answered(logprobs=21.0).json()["error"]["message"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from xpert.experts.mixture import assemble, open_expert, write_mixture
+from xpert.experts.mixture import assemble, open_expert
+from xpert.experts.mixture_file import write_mixture
 from xpert.experts.server.request_log import RequestRecord
 from xpert.protocols import Candidate
 from xpert.records import Message

@@ -148,7 +148,7 @@ def test_too_few_prompts_are_not_told_of(xpert: Run, planted: Planted, write_log
 def test_a_mixture_gives_pilots_that_its_experts_take(
     xpert: Run, planted: Planted, write_log: Write, mixture_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
     from xpert.experts.routing import MixtureRouter
     from xpert.protocols import RouteRequest
 

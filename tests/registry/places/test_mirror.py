@@ -348,7 +348,7 @@ def test_addresses_are_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_mixtures_name_their_place(memory_place: Place, machine: Callable[..., RemoteRegistry], expert: Maker) -> None:
     from xpert.experts.mixing import mix
-    from xpert.experts.mixture import load_mixture, write_mixture
+    from xpert.experts.mixture_file import load_mixture, write_mixture
 
     a = machine(memory_place, "a")
     for seed in (1, 2):

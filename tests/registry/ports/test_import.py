@@ -15,7 +15,7 @@ from click.testing import Result
 from xpert.errors import Unavailable
 from xpert.experts.adapters import read_adapter
 from xpert.experts.importing import Told, import_adapter
-from xpert.experts.mixture import load_mixture
+from xpert.experts.mixture_file import load_mixture
 from xpert.language_model import load_model, model_fingerprint
 from xpert.registry.card import ExpertCard
 from xpert.registry.store import Registry

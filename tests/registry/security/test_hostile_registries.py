@@ -258,7 +258,7 @@ MIXTURES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("case", MIXTURES)
 def test_registered_mixtures_stay_in_their_folder(case: str, registry: Registry, expert: Maker) -> None:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
 
     value = {
         "kind": "mixture",
@@ -395,7 +395,7 @@ def test_readers_are_bounded(case: str, tmp_path: Path) -> None:
 
 
 def test_a_giant_mixture(tmp_path: Path) -> None:
-    from xpert.experts.mixture import load_mixture
+    from xpert.experts.mixture_file import load_mixture
 
     with pytest.raises(BadInput, match="more than"):
         load_mixture(giant(tmp_path / "mixture.json"))

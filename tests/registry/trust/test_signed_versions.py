@@ -222,7 +222,8 @@ def test_the_key_of_the_environment(
 def test_mixtures_are_held_to_it_too(xpert: Run, expert: Maker, key: SigningKey) -> None:
     xpert("registry", "publish", expert(), "--name", "acme/a")
     trust(key, "acme")
-    from xpert.experts.mixture import load_mixture, open_expert
+    from xpert.experts.mixture import open_expert
+    from xpert.experts.mixture_file import load_mixture
 
     for act in (lambda: load_mixture("acme/a"), lambda: open_expert("acme/a", Registry())):
         with pytest.raises(BadInput, match="refused by the trust list"):

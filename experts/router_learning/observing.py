@@ -21,14 +21,14 @@ from xpert.experts.evaluate import ItemResult, Subject, usable_items
 from xpert.experts.journal import append_line, read_journal
 from xpert.experts.known_prompts import seen_in_training
 from xpert.experts.mixture import BASE, Mixture
-from xpert.experts.observations import (
+from xpert.experts.router_learning.observations import (
     Observed,
     for_mixture,
     is_observations,
     read_observations,
     write_observations,
 )
-from xpert.experts.observe_options import ObserveOptions
+from xpert.experts.router_learning.observe_options import ObserveOptions
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Engine, EngineRequest, Sampling
 from xpert.records import SuiteItem

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from xpert.config import Config, option
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.cross_fitting import FOLDS, learns, routes_of
-from xpert.experts.mixture import Mixture, write_mixture
-from xpert.experts.observations import Observed
-from xpert.experts.router_measures import calibration_error, chosen_scores, obtained
+from xpert.experts.mixture import Mixture
+from xpert.experts.mixture_file import write_mixture
+from xpert.experts.router_learning.cross_fitting import FOLDS, learns, routes_of
+from xpert.experts.router_learning.measures import calibration_error, chosen_scores, obtained
+from xpert.experts.router_learning.observations import Observed
 from xpert.experts.routers._learning import untrained
 from xpert.progress import SILENT, Progress
 from xpert.storage import check_output

@@ -16,7 +16,7 @@ import numpy as np
 from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture, router_options
-from xpert.experts.observations import Observed, prompt_hash
+from xpert.experts.router_learning.observations import Observed, prompt_hash
 from xpert.experts.router_state import read_router_state
 from xpert.experts.routing import MixtureRouter, options_for
 from xpert.progress import SILENT, Progress

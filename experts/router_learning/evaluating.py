@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from xpert import plugins
 from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
-from xpert.experts.cross_fitting import FOLDS, Routed, learns, routes_of
 from xpert.experts.evaluate import bootstrap
 from xpert.experts.mixture import Mixture, router_options
-from xpert.experts.observations import Observed
-from xpert.experts.router_measures import (
+from xpert.experts.router_learning.cross_fitting import FOLDS, Routed, learns, routes_of
+from xpert.experts.router_learning.measures import (
     Bin,
     Obtained,
     RiskCoverage,
@@ -31,6 +30,7 @@ from xpert.experts.router_measures import (
     reliability,
     risk_coverage,
 )
+from xpert.experts.router_learning.observations import Observed
 from xpert.experts.subjects import RANDOM_SEEDS
 from xpert.progress import SILENT, Progress
 from xpert.protocols import Observations, Route
@@ -87,8 +87,9 @@ class Chances:
 class RouterFigures:
     """One router, or control, on n observed prompts.
 
-    score: what its choices earned; accuracy: share of prompts whose subject scored as the best one; regret: what the
-    oracle earned more. to_base, escalated: shares of prompts that the base answered in the end, and that a second
+    score: what its choices earned; accuracy: share of prompts whose subject scored as the best one, and
+    where_it_matters: of those on which not all subjects scored the same (None: there are none). regret: what the oracle
+    earned more. to_base, escalated: shares of prompts that the base answered in the end, and that a second
     stage answered. answers: generated a prompt; parameters: of adapters, in millions, that a prompt's answers passed
     through (None where sizes are unknown). milliseconds: of routing, a prompt.
     """
@@ -98,6 +99,7 @@ class RouterFigures:
     n: int
     score: Interval
     accuracy: float
+    where_it_matters: float | None
     regret: Interval
     to_base: float
     escalated: float
@@ -115,11 +117,13 @@ class RouterFigures:
 
 @dataclass(frozen=True)
 class RouterEvaluation:
-    """Routers first, in the order asked for, then the controls; all on the same prompts."""
+    """Routers first, in the order asked for, then the controls; all on the same prompts, on `differing` of which not
+    all subjects scored the same."""
 
     mixture: str
     suite: str
     oracle: Interval
+    differing: int
     routers: tuple[RouterFigures, ...]
     controls: tuple[RouterFigures, ...]
 
@@ -129,6 +133,7 @@ class RouterEvaluation:
             "suite": self.suite,
             "items": self.oracle.n,
             "oracle": vars(self.oracle),
+            "differing": self.differing,
             "routers": [one.to_dict() for one in self.routers],
             "controls": [one.to_dict() for one in self.controls],
         }
@@ -164,7 +169,10 @@ def evaluate_routers(
             variant, observed, held_out=held_out, folds=folds, seed=seed, device=device, progress=progress
         )
         found.append(bench.routed(name, variant, routed))
-    return RouterEvaluation(mixture.name, measured.suite, bench.oracle, tuple(found), tuple(bench.controls()))
+    differing = int(bench.differ.sum())
+    return RouterEvaluation(
+        mixture.name, measured.suite, bench.oracle, differing, tuple(found), tuple(bench.controls())
+    )
 
 
 def _behind(mixture: Mixture, choice: RouterChoice) -> Mixture:
@@ -180,6 +188,7 @@ class _Bench:
         self.mixture, self.observed, self.seed = mixture, observed, seed
         self.seen: Observations = observed.observations
         self.best: _Floats = self.seen.scores.max(axis=1)
+        self.differ = self.best > self.seen.scores.min(axis=1)
         self.oracle = bootstrap(self.best.tolist(), seed)
         sizes = [expert.routable().costs.get("parameters") for expert in mixture.experts]
         self.sizes = None if None in sizes else np.array([*(float(size or 0) for size in sizes), 0.0]) / 1e6
@@ -233,12 +242,13 @@ class _Bench:
         subjects = np.concatenate([got.subjects for got in draws])
         scores = np.mean([got.scores for got in draws], axis=0)
         single = self._figures("random", "control", draws[0], None)
-        right = np.mean([got.scores == self.best for got in draws])
+        right = np.array([got.scores == self.best for got in draws])
         return dataclasses.replace(
             single,
             name=f"random, mean of {RANDOM_SEEDS} seeds",
             score=bootstrap(scores.tolist(), self.seed),
-            accuracy=float(right),
+            accuracy=float(right.mean()),
+            where_it_matters=float(right[:, self.differ].mean()) if self.differ.any() else None,
             regret=bootstrap((self.best - scores).tolist(), self.seed),
             parameters=None if self.sizes is None else float(self.sizes[subjects].mean()),
             subjects={},
@@ -253,6 +263,7 @@ class _Bench:
             n=len(self.best),
             score=bootstrap(got.scores.tolist(), self.seed),
             accuracy=float(np.mean(got.scores == self.best)),
+            where_it_matters=float(np.mean((got.scores == self.best)[self.differ])) if self.differ.any() else None,
             regret=bootstrap((self.best - got.scores).tolist(), self.seed),
             to_base=float(np.mean(got.subjects == base)),
             escalated=float(np.mean(got.escalated)),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from xpert.errors import BadInput
-from xpert.experts.cross_fitting import FOLDS, TRAINED_ON, learn_router, learns
-from xpert.experts.mixture import Mixture, StateFile, router_options, write_mixture
-from xpert.experts.observations import Observed
-from xpert.experts.router_evaluation import RouterFigures, evaluate_routers
+from xpert.experts.mixture import Mixture, StateFile, router_options
+from xpert.experts.mixture_file import write_mixture
+from xpert.experts.router_learning.cross_fitting import FOLDS, TRAINED_ON, learn_router, learns
+from xpert.experts.router_learning.evaluating import RouterFigures, evaluate_routers
+from xpert.experts.router_learning.observations import Observed
 from xpert.experts.router_state import ROUTER_FILE, write_router_state
 from xpert.progress import SILENT, Progress
 from xpert.protocols import RouterState

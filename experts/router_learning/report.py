@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xpert.experts.router_evaluation import RouterEvaluation, RouterFigures
+from xpert.experts.router_learning.evaluating import RouterEvaluation, RouterFigures
 from xpert.report.page import Series, line_chart, write_page
 
 __all__ = ["write_router_report"]
@@ -44,7 +44,7 @@ def _row(one: RouterFigures) -> dict[str, Any]:
         "how": one.how,
         "score": one.score,
         "regret": one.regret,
-        "shares": [one.accuracy, one.to_base, one.escalated],
+        "shares": [one.accuracy, one.where_it_matters or 0.0, one.to_base, one.escalated],
         "costs": [one.answers, one.parameters, one.milliseconds],
     }
 

@@ -1,0 +1,1 @@
+"""Routers and what experts made of a suite: observing, training, evaluating and calibrating."""
