@@ -139,7 +139,8 @@ class Service:
             facts.model = model
             facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
             if holder is not None and not holder.allows(_plain_name(model, generation)):
-                raise Forbidden(f"this key may not ask for {model!r}")
+                allowed = ", ".join(holder.models or ())
+                raise Forbidden(f"this key may not ask for {model!r}", hint=f"it may ask for {allowed}")
         except BaseException:
             await resources.aclose()
             raise
