@@ -114,9 +114,7 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.draining.drain(self.grace, hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
-        if (
-            self.force_exit
-        ):  # after a second Ctrl-C uvicorn leaves the application's own end out, and prints a traceback
+        if self.force_exit:  # uvicorn leaves the application's own end out then, and prints a traceback
             await self.lifespan.shutdown()
 
 

@@ -150,7 +150,7 @@ class Watch:
             self._generations.drop(generation)
             return False
         self._generations.publish(generation)
-        log.info("generation %d: %s with %d experts", generation.number, mixture.name, len(mixture.experts))
+        log.info("serving generation %d: %s with %d experts", generation.number, mixture.name, len(mixture.experts))
         return True
 
     def _look(self, mixture: Mixture) -> Hashable:
