@@ -50,7 +50,6 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
         "bandits": [*rows, *anchors, "--rows", "4000", "--skills", "1", "--seeds", "1"],
         "embedders": [*rows, *anchors, "--top", "200", "lsa", "minilm"],
         "routing": [*rows, *anchors, "--prompts", prompts or str(data.suite), "--experts", experts],
-        "learned_routers": ["--prompts", prompts or str(data.suite), "--experts", "10", "--repeats", "1"],
         "held_out_routing": [
             *("--pool", str(data.pool), "--shots", str(every_shot), "--prompts", str(data.suite)),
             *("--base", base_model(), "--work", str(folder / "held-out"), "--rows", "64", "--own", "8"),

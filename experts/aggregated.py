@@ -14,6 +14,7 @@ from xpert.records import Row
 
 __all__ = [
     "check_aggregator",
+    "check_one_stage",
     "choices_of",
     "chosen_aggregator",
     "most_experts",
@@ -50,10 +51,13 @@ def with_aggregator(mixture: Mixture, choice: AggregatorChoice | None) -> Mixtur
 
 
 def open_aggregator(mixture: Mixture, *, seed: int = 0, device: str = "auto") -> Aggregator | None:
-    """The mixture's aggregator, prepared, if it has one; raises BadInput where it cannot work with the experts."""
+    """The mixture's aggregator, prepared, if it has one; raises BadInput where it cannot work with the experts or with
+    a router that has a second stage."""
     choice = mixture.aggregator
     if choice is None:
         return None
+    if mixture.router == "cascade" and _router_options(mixture).mode == "after":
+        raise _two_stages()
     options = aggregator_options(choice.name, choice.params)
     made: Aggregator = plugins.load("aggregator", choice.name)(options, seed=seed, device=device)
     made.prepare([expert.routable() for expert in mixture.experts])
@@ -95,14 +99,23 @@ def _router_options(mixture: Mixture) -> Any:
 
 def question_of(row: Row, route: Route, sampling: Sampling, choices: Sequence[str] = ()) -> Question:
     """What an aggregator is asked for a row. Raises BadInput for a route with a second stage."""
-    if route.escalation is not None:
-        raise BadInput(
-            "a router with a second stage and an aggregator exclude each other: what several replies agree on has no "
-            "confidence of one answer",
-            where=f"prompt {row.id}",
-            hint="take another router, or --aggregator none",
-        )
+    check_one_stage(route, where=f"prompt {row.id}")
     return Question(row.id, row.messages, route, sampling, tuple(choices) or choices_of(row))
+
+
+def check_one_stage(route: Route, *, where: str | None = None) -> None:
+    """Raises BadInput for a route with a second stage, which no aggregator can obey."""
+    if route.escalation is not None:
+        raise _two_stages(where)
+
+
+def _two_stages(where: str | None = None) -> BadInput:
+    return BadInput(
+        "a router with a second stage and an aggregator exclude each other: what several replies agree on has no "
+        "confidence of one answer",
+        where=where,
+        hint="take another router, or aggregator none",
+    )
 
 
 def choices_of(row: Row) -> tuple[str, ...]:

@@ -73,6 +73,11 @@ class MixtureExpert:
     def card(self) -> ExpertCard:
         return ExpertCard.read(self.folder)
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether it is of no registry, so that its content may change where it lies."""
+        return is_path(self.ref)
+
     def routable(self) -> RoutableExpert:
         """What routers may know of it."""
         return routable_expert(self.key, self.folder, self.card)

@@ -47,24 +47,27 @@ from xpert.experts.mixture import (
 from xpert.registry.card import CARD_FILE, BaseModel
 from xpert.storage import check_output, hash_file, read_json, write_json
 
-__all__ = ["MIXTURE_FILE", "load_mixture", "write_mixture"]
+__all__ = ["MIXTURE_FILE", "MixtureEntry", "load_mixture", "write_mixture"]
 
 _MOST_BYTES = 16 << 20  # of a mixture's file
 MIXTURE_FILE = "mixture.json"
 
-_Entry = tuple[str, str, str, float]
+MixtureEntry = tuple[str, str, str, float]
 """(key, ref, fingerprint, weight) of one expert in a mixture file."""
 
 
 def load_mixture(
-    ref: str | Path, registry: ExpertStore | None = None, *, gone: Callable[[str, NotFound], None] | None = None
+    ref: str | Path,
+    registry: ExpertStore | None = None,
+    *,
+    gone: Callable[[MixtureEntry, NotFound], None] | None = None,
 ) -> Mixture:
     """A mixture file, a registered mixture or expert `owner/name[@version]`, or an expert folder.
 
     A single expert is a mixture of one behind router `fixed`. `registry` is where registered experts are looked up;
     without one, the registry that the mixture file names, or the user's where that is not on this machine: whichever
     it is, every expert's weights must be those that were mixed. With `gone`, registered experts that are no longer
-    there are left out, and it is told of them (key, error). Raises NotFound for what is not there, BadInput for experts
+    there are left out, and it is told of them. Raises NotFound for what is not there, BadInput for experts
     of different bases, Corrupt where an expert is not the one that was mixed.
     """
     path = Path(ref)
@@ -100,7 +103,7 @@ def _read(
     registry: ExpertStore | None,
     *,
     name: str | None = None,
-    gone: Callable[[str, NotFound], None] | None = None,
+    gone: Callable[[MixtureEntry, NotFound], None] | None = None,
 ) -> Mixture:
     where = str(path)
     value = read_json(path, most=_MOST_BYTES)
@@ -141,7 +144,7 @@ def _read(
         except NotFound as error:
             if gone is None or is_path(entry[1]):
                 raise
-            gone(entry[0], error)
+            gone(entry, error)
     if not experts:
         raise NotFound("none of the mixture's experts is left in the registry", where=where)
     check_one_base(experts, base)
@@ -203,7 +206,7 @@ def _trained(value: Mapping[str, Any], anchor: Path, what: str, where: str) -> P
     return file
 
 
-def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | None, where: str) -> None:
+def _check_present(entries: Iterable[MixtureEntry], store: ExpertStore, named: str | None, where: str) -> None:
     """For a mixture from elsewhere, whose registry is not here or is not named: says so, rather than that an expert is
     unknown. A published mixture names none, since it means the registry it is in."""
     gone = f"the mixture's registry {named} is not here, and" if named else "the mixture does not say its registry, and"
@@ -220,7 +223,7 @@ def _check_present(entries: Iterable[_Entry], store: ExpertStore, named: str | N
             ) from None
 
 
-def _member(entry: _Entry, anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
+def _member(entry: MixtureEntry, anchor: Path, store: ExpertStore | None, where: str) -> MixtureExpert:
     key, ref, fingerprint, weight = entry
     if not 0 < weight < float("inf"):
         raise BadInput(f"expert {key!r} has the weight {weight}; it must be above 0", where=where)

@@ -21,6 +21,7 @@ __all__ = [
     "asks_of",
     "chance_order",
     "members_of",
+    "noted",
     "only_reply",
     "rounded",
     "sampled",
@@ -88,6 +89,11 @@ def shares(members: WeightedExperts, kept: Sequence[str]) -> WeightedExperts:
 def only_reply(question: Question, reply: Answer, reason: str) -> Verdict:
     """The verdict where there is nothing to aggregate."""
     return Verdict(reply.text, members_of(question), reason, reply.finished, {"replies": 1})
+
+
+def noted(verdict: Verdict, why: str) -> Verdict:
+    """The verdict that is given in place of another one, and why."""
+    return dataclasses.replace(verdict, reason=f"{why}: {verdict.reason}", log={**verdict.log, "instead": why})
 
 
 def vote(ballots: Sequence[Ballot], question: Question, by: str, *, counted: str = "replies") -> Verdict:

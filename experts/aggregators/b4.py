@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xpert.config import Config, option
+from xpert.errors import BadInput
 from xpert.experts.aggregators._answers import reader
 from xpert.experts.aggregators._passing import RULES, pass_matrix, scored_groups
 from xpert.experts.aggregators._prompting import says_yes, stated, with_last, without_thinking
-from xpert.experts.aggregators._voting import Ballot, ComparingOptions, alone, asks_of, sampled, vote
+from xpert.experts.aggregators._voting import Ballot, ComparingOptions, alone, asks_of, noted, sampled, vote
 from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weigh, Weighed
 from xpert.records import Message
 
@@ -39,7 +40,8 @@ class B4Aggregator:
 
     A check is one expert and one form of "is this right?"; an answer passes it where Yes is likelier than No. Answers
     that pass the same checks are one group; the best group gives the reply: the answer most of its replies give, in the
-    words of the heaviest expert. Where all replies give one answer, nothing is checked.
+    words of the heaviest expert. Where all replies give one answer, nothing is checked; where the checks do not fit the
+    context, the replies vote.
 
     B4 is made for programs and tests; its priors (the release: a_xy = 1000, b0 of 10,000 to 1,000,000) suit many
     checks. Rules `max-pass` (most checks passed) and `codet` (sqrt(answers) x checks) are its baselines.
@@ -76,11 +78,14 @@ class B4Aggregator:
         if len(distinct) < 2:
             return vote(ballots, question, options.by)
         checks = [(key, form) for key in keys for form in FORMS[: options.forms]]
-        weighed = yield [
-            Weigh(_check(question, form, texts[answer]), alone(key), ("Yes", "No"))
-            for answer in distinct
-            for key, form in checks
-        ]
+        try:
+            weighed = yield [
+                Weigh(_check(question, form, texts[answer]), alone(key), ("Yes", "No"))
+                for answer in distinct
+                for key, form in checks
+            ]
+        except BadInput:
+            return noted(vote(ballots, question, options.by), "the checks do not fit the context")
         margins = [says_yes(one) for one in weighed if isinstance(one, Weighed)]
         of_answer = {
             answer: margins[place * len(checks) : (place + 1) * len(checks)] for place, answer in enumerate(distinct)

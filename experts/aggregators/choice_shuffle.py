@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xpert.config import Config, option
+from xpert.errors import BadInput
 from xpert.experts.aggregators._answers import lettered_choices, option_lines, reader
 from xpert.experts.aggregators._prompting import stated, with_last
 from xpert.experts.aggregators._voting import Ballot, members_of, only_reply, vote
@@ -36,8 +37,8 @@ class ChoiceShuffleAggregator:
 
     Options are the lettered lines of the prompt, or the question's choices, which are then written under it. Letters
     are mapped back to the original order. A reply that names no option counts for nothing. A question without options
-    (or with more than there are letters), and one to which no reply names any, gets a single answer in the usual way,
-    and the reason says so.
+    (or with more than there are letters), one behind which they do not fit the context, and one to which no reply names
+    any, gets a single answer in the usual way, and the reason says so.
 
     Cost: `orders` replies. Source: the choice shuffling ensemble of Medprompt, https://arxiv.org/abs/2311.16452.
     """
@@ -64,7 +65,12 @@ class ChoiceShuffleAggregator:
             return only_reply(question, single, "the question has no options to shuffle: a single answer")
         orders = _orders(len(texts), self.options.orders, f"{self.seed}\0{question.id}")
         shown = [_shown(question, [texts[place] for place in order]) for order in orders]
-        found = yield [Ask(one.messages, members, question.sampling) for one in shown]
+        try:
+            found = yield [Ask(one.messages, members, question.sampling) for one in shown]
+        except BadInput:
+            single = (yield [usual])[0]
+            assert isinstance(single, Answer)
+            return only_reply(question, single, "the options do not fit the context: a single answer, unshuffled")
         replies = [reply for reply in found if isinstance(reply, Answer)]
         ballots = []
         for order, one, reply in zip(orders, shown, replies, strict=True):

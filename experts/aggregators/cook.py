@@ -24,6 +24,8 @@ from xpert.protocols import Answer, Ask, Embedder, Question, RoutableExpert, Ver
 
 __all__ = ["PLUGIN", "CookAggregator", "CookOptions"]
 
+_FULL = "the context is full"
+
 Steps = Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Any]
 
 
@@ -64,7 +66,7 @@ class CookAggregator:
     passages (agreement, in the place of the paper's factuality, which needs a corpus to retrieve from) are kept, and
     cut to `words` (brevity, in the place of a summary model). top-down: the answering model is asked whether it needs
     more information; while Yes is likelier than No, the expert whose description it finds likeliest per token writes a
-    passage. Where passages do not fit the context, the last ones are left out, and the log says so.
+    passage. Where passages do not fit the context, the last ones are left out, or none is written, and the log says so.
 
     Cost: bottom-up a passage per expert of the route, and the answer; top-down up to `top` passages, each after two
     prompts that weigh words, and the answer. Source: Knowledge Card, https://arxiv.org/abs/2305.09955.
@@ -117,7 +119,11 @@ class CookAggregator:
 
     def _bottom_up(self, question: Question, log: dict[str, Any]) -> Steps:
         keys = [key for key, _ in members_of(question)]
-        found = yield [self._passage_ask(question, key) for key in keys]
+        try:
+            found = yield [self._passage_ask(question, key) for key in keys]
+        except BadInput:
+            log["passages"], log["stopped"] = [], _FULL
+            return []
         texts = [self._brief(reply) for reply in found]
         written = [_Passage(key, text) for key, text in zip(keys, texts, strict=True) if text]
         scored = self._compared(question, written)
@@ -144,15 +150,15 @@ class CookAggregator:
                 which = f"{_with_passages(question, passages)}\n\nWhich of these would help to answer?\n{listed}"
                 names = tuple(self._descriptions[key] for key in left)
                 weighed = (yield [Weigh(with_last(question.messages, which), model, names)])[0]
+                assert isinstance(weighed, Weighed)
+                likely = {key: round(mean_logprob(one), 5) for key, one in zip(left, weighed.logprobs, strict=True)}
+                chosen = max(left, key=lambda key: likely[key])
+                rounds[-1] |= {"likely": {key: rounded(value) for key, value in likely.items()}, "asked": chosen}
+                left.remove(chosen)
+                text = self._brief((yield [self._passage_ask(question, chosen)])[0])
             except BadInput:
-                rounds.append({"stopped": "the context is full"})
+                rounds.append({"stopped": _FULL})
                 break
-            assert isinstance(weighed, Weighed)
-            likely = {key: round(mean_logprob(one), 5) for key, one in zip(left, weighed.logprobs, strict=True)}
-            chosen = max(left, key=lambda key: likely[key])
-            rounds[-1] |= {"likely": {key: rounded(value) for key, value in likely.items()}, "asked": chosen}
-            left.remove(chosen)
-            text = self._brief((yield [self._passage_ask(question, chosen)])[0])
             if text:
                 passages.append(_Passage(chosen, text))
                 log["passages"].append(passages[-1].to_dict())

@@ -9,7 +9,7 @@ from typing import ClassVar
 from xpert.config import Config, option
 from xpert.errors import BadInput, unknown
 from xpert.experts.aggregators._prompting import cut_text, merging_messages, without_thinking
-from xpert.experts.aggregators._voting import BASE, alone, asks_of, chance_order, members_of
+from xpert.experts.aggregators._voting import BASE, Ballot, alone, asks_of, chance_order, members_of, noted, vote
 from xpert.protocols import Answer, Ask, Question, RoutableExpert, Verdict, Weigh, Weighed
 
 __all__ = ["AUTO", "PLUGIN", "ExpertAggregator", "ExpertOptions", "write_final"]
@@ -31,9 +31,9 @@ class ExpertAggregator:
     """Every expert of the route answers by itself; then one model reads the replies and writes the answer.
 
     Replies stand in the prompt without their thinking, in an order drawn by the seed from their experts, so that none
-    is favoured by its place. Where they do not fit the context, all are cut alike, and the log says so. `xpert
-    aggregator choose` finds who aggregates best, on replies of which one is right. The answer counts as the route's
-    experts'; the log names who wrote it.
+    is favoured by its place. Where they do not fit the context, all are cut alike, and the log says so; where a few
+    words of each do not, they vote, and the reason says so. `xpert aggregator choose` finds who aggregates best, on
+    replies of which one is right. The answer counts as the route's experts'; the log names who wrote it.
 
     Cost: one reply per expert of the route, and one that reads them all. Source: Symbolic-MoE
     (https://arxiv.org/abs/2503.05641) with the prompt of mixture-of-agents. Where a question has fewer than two wrong
@@ -65,7 +65,11 @@ class ExpertAggregator:
         replies = [reply for reply in (yield asks) if isinstance(reply, Answer)]
         order = chance_order(self.seed, question, keys)
         texts = [without_thinking(replies[place].text) for place in order]
-        final, cut = yield from write_final(question, texts, self.options.expert)
+        try:
+            final, cut = yield from write_final(question, texts, self.options.expert)
+        except BadInput:
+            ballots = [Ballot(alone(key), reply) for key, reply in zip(keys, replies, strict=True)]
+            return noted(vote(ballots, question, "auto"), "no replies fit the context behind the question")
         log = {
             "aggregator": self.options.expert,
             "replies": [{"expert": keys[place], "text": replies[place].text} for place in order],

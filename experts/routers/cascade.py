@@ -137,6 +137,12 @@ class CascadeRouter:
             return False
         return options.asked is None or not _has_to_learn(options)
 
+    @staticmethod
+    def lacking(options: CascadeOptions, experts: Sequence[RoutableExpert], *, device: str = "auto") -> dict[str, str]:
+        """What each expert lacks that the asked router could never name."""
+        ask = None if options.asked is None else getattr(plugins.load("router", options.asked), "lacking", None)
+        return {} if ask is None else dict(ask(options.inner_options(), experts, device=device))
+
     def __init__(
         self, options: CascadeOptions, *, state: RouterState | None = None, seed: int = 0, device: str = "auto"
     ) -> None:

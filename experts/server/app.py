@@ -81,6 +81,7 @@ def create_app(
     add_error_handlers(app)
     chat, completions, embeddings = Chat(service), Completions(service), Embeddings(service, space)
     pages = _Pages(service)
+    most = min(options.max_n, options.max_batch + options.max_queue)
     add_route(app, "GET", "/", pages.playground, "A page to try the server")
     for path in page_files.PATHS[1:]:
         app.add_api_route(path, pages.playground, methods=["GET"], include_in_schema=False)
@@ -94,8 +95,12 @@ def create_app(
     add_route(app, "GET", "/v1/models", pages.models, "What can be asked for")
     add_route(app, "GET", "/v1/models/{model:path}", pages.model, "One of the models")
     add_route(app, "POST", "/v1/route", chat.route, "The route of a prompt, without an answer", RouteBody)
-    add_route(app, "POST", "/v1/chat/completions", chat.complete, "An answer to chat messages", ChatRequest)
-    add_route(app, "POST", "/v1/completions", completions.complete, "Goes on with texts", CompletionRequest)
+    add_route(
+        app, "POST", "/v1/chat/completions", chat.complete, "An answer to chat messages", ChatRequest, most_replies=most
+    )
+    add_route(
+        app, "POST", "/v1/completions", completions.complete, "Goes on with texts", CompletionRequest, most_replies=most
+    )
     add_route(app, "POST", "/v1/embeddings", embeddings.embed, "Vectors of texts", EmbeddingRequest)
     return app
 
@@ -149,8 +154,7 @@ class _Pages:
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": self._models()})
 
-    async def model(self, request: Request) -> Response:
-        model = request.path_params["model"]
+    async def model(self, model: str) -> Response:
         known = {entry["id"]: entry for entry in self._models()}
         if model not in known:
             self.service.asked(model, self.service.generations.current)

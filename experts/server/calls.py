@@ -32,17 +32,20 @@ class Reply:
 
 @dataclass
 class Heard:
-    """What has come of one task so far. `completion_tokens` counts pieces until the last one says how many."""
+    """What has come of one task so far. `completion_tokens` counts pieces until the last one says how many, and
+    `prompt_tokens` is 0 until then."""
 
     texts: list[str] = field(default_factory=list)
     finished: str | None = None
     completion_tokens: int = 0
+    prompt_tokens: int = 0
 
     def take(self, piece: Piece) -> None:
         self.texts.append(piece.text)
         self.completion_tokens += 1
         if piece.finished is not None:
             self.finished, self.completion_tokens = piece.finished, piece.completion_tokens
+            self.prompt_tokens = piece.prompt_tokens
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Call:
     heard: list[Heard] = field(default_factory=list)
     copies: int = 1
     places: int = 1
+    embedded_tokens: int = 0
     admission: Admission | None = None
     failure: BaseException | None = None
 
@@ -82,9 +86,17 @@ class Call:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of its prompts, each counted once, however many replies it gets."""
-        prompts = {id(task.prompt): len(task.request.prompt_ids) for task in self.tasks if task.request is not None}
-        return sum(prompts.values())
+        """Of its prompts, each counted once, however many replies it gets; of a reply that an aggregator makes, what
+        all its steps took. Of embedded texts, theirs."""
+        plain: dict[int, int] = {}
+        aggregated = 0
+        for task, heard in zip(self.tasks, self.heard, strict=True):
+            own = len(task.request.prompt_ids) if task.request is not None else 0
+            if task.aggregator is not None and heard.prompt_tokens:
+                aggregated += heard.prompt_tokens
+            else:
+                plain[id(task.prompt)] = own
+        return self.embedded_tokens + aggregated + sum(plain.values())
 
     @property
     def completion_tokens(self) -> int:

@@ -15,7 +15,7 @@ from xpert.experts.server.calls import Call
 from xpert.experts.server.openai_forms import DONE, chat_logprobs, event, experts_header, explanation, usage
 from xpert.experts.server.replies import Prompt
 from xpert.experts.server.schema import ChatMessage, ChatRequest, RouteBody, parse
-from xpert.experts.server.service import Pieces, Service, check_many
+from xpert.experts.server.service import Pieces, Service, check_allowed, check_many
 from xpert.protocols import Piece
 
 __all__ = ["Chat"]
@@ -28,12 +28,15 @@ class Chat:
         self.service = service
 
     async def route(self, request: Request) -> Response:
-        """The route of a prompt with candidates and reason, without an answer. Takes no place in the queue."""
+        """The route of a prompt with candidates and reason, without an answer. Takes no place in the queue, and counts
+        as a request of its key."""
         service = self.service
         body = parse(RouteBody, await service.read(request))
         prompt = _prompt(body.messages)
-        with service.generations.hold() as generation:
+        holder = getattr(request.state, "holder", None)
+        with service.generations.hold() as generation, service.operation.limits.admit(holder, 0):
             model = body.model or generation.mixture.name
+            check_allowed(holder, model, generation)
             task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
         headers = {"x-xpert-experts": experts_header(task.route.experts)}
         return JSONResponse(explain(task.id, task.route), headers=headers)
@@ -72,7 +75,7 @@ class Chat:
         content = {
             **_head(call, "chat.completion"),
             "choices": choices,
-            "usage": usage([replies[0].prompt_tokens], [r.completion_tokens * call.copies for r in replies]),
+            "usage": usage(call.prompt_tokens, [reply.completion_tokens * call.copies for reply in replies]),
         }
         if body.explained:
             content["xpert"] = explanation(call.first)
@@ -104,7 +107,7 @@ class Chat:
                         yield chunk(index, {}, finish=piece.finished)
                         totals[index] = piece
         if body.wants_usage:
-            spent = usage([totals[0].prompt_tokens], [piece.completion_tokens for piece in totals.values()])
+            spent = usage(call.prompt_tokens, [piece.completion_tokens for piece in totals.values()])
             yield event({**head, "choices": [], "usage": spent})
         yield DONE
 

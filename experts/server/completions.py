@@ -6,6 +6,7 @@ sampling, many requests in a batch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse
 
 from xpert.errors import BadInput
 from xpert.experts.server.calls import Call, Reply
-from xpert.experts.server.openai_forms import DONE, completion_logprobs, event, explanation, usage
+from xpert.experts.server.openai_forms import DONE, completion_logprobs, event, explanation, text_length, usage
 from xpert.experts.server.replies import Prompt, Task
 from xpert.experts.server.schema import CompletionRequest, ParameterError, check_text, parse
 from xpert.experts.server.service import Pieces, Service, check_many
@@ -82,9 +83,11 @@ class Completions:
     async def _whole(self, call: Call, body: CompletionRequest) -> Response:
         if body.max_tokens == 0:
             replies = [Reply("", "length", len(_ids(task)), 0) for task in call.tasks]
+            for heard in call.heard:
+                heard.finished = "length"
         else:
             replies = await self.service.replies(call)
-        echoed = [await self._echo(task, body) for task in call.tasks] if body.echo else None
+        echoed = await self._echoes(call, body) if body.echo else None
         choices: list[dict[str, Any]] = []
         for place, reply in enumerate(replies):
             prefix, told = echoed[place] if echoed is not None else ("", None)
@@ -100,18 +103,21 @@ class Completions:
                         "finish_reason": reply.finished,
                     }
                 )
-        asked = len(replies) // len(body.prompts)
         content = {
             **_head(call),
             "choices": choices,
-            "usage": usage(
-                [reply.prompt_tokens for reply in replies[::asked]],
-                [reply.completion_tokens * call.copies for reply in replies],
-            ),
+            "usage": usage(call.prompt_tokens, [reply.completion_tokens * call.copies for reply in replies]),
         }
         if body.explained:
             content["xpert"] = explanation(call.first)
         return JSONResponse(content)
+
+    async def _echoes(self, call: Call, body: CompletionRequest) -> list[tuple[str, list[TokenLogprob] | None]]:
+        """Of each task; every prompt is read once, and all of them in one batch."""
+        firsts = {id(task.prompt): task for task in call.tasks}
+        found = await asyncio.gather(*(self._echo(task, body) for task in firsts.values()))
+        of_prompt = dict(zip(firsts, found, strict=True))
+        return [of_prompt[id(task.prompt)] for task in call.tasks]
 
     async def _echo(self, task: Task, body: CompletionRequest) -> tuple[str, list[TokenLogprob] | None]:
         """The prompt's text, and its tokens' log-probabilities where they are asked for."""
@@ -138,7 +144,7 @@ class Completions:
 
         def chunk(index: int, text: str, tokens: tuple[TokenLogprob, ...] = (), finish: str | None = None) -> str:
             told = completion_logprobs(tokens, self.service.texts, offset=offsets[index]) if tokens else None
-            offsets[index] += len(text)
+            offsets[index] += text_length((t.token for t in tokens), self.service.texts) if tokens else len(text)
             choice = {"index": index, "text": text, "logprobs": told, "finish_reason": finish}
             return event({**head, "choices": [choice]})
 
@@ -156,9 +162,7 @@ class Completions:
                     if piece.finished is not None:
                         totals[index] = piece
         if body.wants_usage:
-            asked = len(totals) // len(body.prompts)
-            prompts = [totals[index].prompt_tokens for index in range(0, len(totals), asked)]
-            spent = usage(prompts, [piece.completion_tokens for piece in totals.values()])
+            spent = usage(call.prompt_tokens, [piece.completion_tokens for piece in totals.values()])
             yield event({**head, "choices": [], "usage": spent})
         yield DONE
 

@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Response
+from pydantic import BaseModel
+
+from xpert.experts.server.body_schemas import body_schema
 
 __all__ = ["add_route"]
 
@@ -49,7 +52,9 @@ def add_route(
     path: str,
     handler: Callable[..., Awaitable[Response]],
     summary: str,
-    body: Any = None,
+    body: type[BaseModel] | None = None,
+    *,
+    most_replies: int = 1,
 ) -> None:
     """Adds an endpoint whose body, a pydantic model, the handler reads and checks itself."""
     responses: dict[int | str, dict[str, Any]] = {
@@ -61,13 +66,12 @@ def add_route(
     if kind is not None:
         ok["content"] = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}}}
     if path in ("/v1/chat/completions", "/v1/completions"):
-        ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        ok["content"]["text/event-stream"] = {}  # OpenAPI before 3.2 cannot describe a sequence of events
     responses[200 if path != "/registry" else 307] = ok
     extra: dict[str, Any] = {}
     if body is not None:
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        for name, part in schema.pop("$defs", {}).items():
-            _components(app).setdefault(name, part)
+        schema, parts = body_schema(body, most_replies=most_replies)
+        _components(app).update(parts)
         extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     app.add_api_route(
         path,

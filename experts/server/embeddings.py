@@ -15,8 +15,9 @@ from fastapi.responses import JSONResponse
 from xpert.errors import BadInput, NotFound, unknown
 from xpert.experts.mixture import BASE
 from xpert.experts.prototypes import FixedSpace, open_space
+from xpert.experts.server.calls import Call
 from xpert.experts.server.schema import EmbeddingRequest, ParameterError, check_text, parse
-from xpert.experts.server.service import Service, check_many
+from xpert.experts.server.service import Service
 from xpert.experts.server.streams import until_gone
 from xpert.protocols import Floats
 
@@ -57,15 +58,14 @@ class Embeddings:
             error.param, error.code = "model", "model_not_found"  # type: ignore[attr-defined]  # read by the error form
             raise error
         inputs = body.inputs
-        check_many(len(inputs), 2048, "input")
         for one in inputs:
             if isinstance(one, str):
                 check_text(one, "input")
-        call = await service.open(request, "embd", BASE, 1)
+        call = await service.open(request, "embd", served, 1)
         async with call.resources:
-            work = self._by_base(inputs) if self.space is None else self._by_space(self.space, inputs)
-            vectors, tokens = await until_gone(request, call, work)
-            call.facts.prompt_tokens = tokens
+            work = self._by_base(call, inputs) if self.space is None else self._by_space(call, self.space, inputs)
+            vectors = await until_gone(request, call, work)
+            tokens = call.facts.prompt_tokens = call.embedded_tokens
         if body.dimensions not in (None, vectors.shape[1]):
             raise ParameterError(
                 f"the vectors of {served} have {vectors.shape[1]} dimensions, not {body.dimensions}", "dimensions"
@@ -75,15 +75,22 @@ class Embeddings:
             for index, vector in enumerate(vectors)
         ]
         spent = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": spent})
+        content = {"object": "list", "data": data, "model": body.model, "usage": spent}
+        return JSONResponse(content, headers=service.operation.headers(call.holder))
 
-    async def _by_base(self, inputs: Sequence[str | list[int]]) -> tuple[Floats, int]:
+    def _let_in(self, call: Call, tokens: int) -> None:
+        """Raises Busy where the key's limit is reached; nothing is embedded then."""
+        call.embedded_tokens = tokens
+        self.service.operation.let_in(call)
+
+    async def _by_base(self, call: Call, inputs: Sequence[str | list[int]]) -> Floats:
         service = self.service
         if not hasattr(service.generations.engine, "embed"):
             raise BadInput("this engine gives no embeddings", hint="use --embedder minilm")
         prompts = await service.speaker.prepare(partial(self._encoded, inputs))
+        self._let_in(call, sum(map(len, prompts)))
         vectors = await asyncio.gather(*(service.speaker.embed(ids) for ids in prompts))
-        return np.stack(vectors).astype(np.float32), sum(map(len, prompts))
+        return np.stack(vectors).astype(np.float32)
 
     def _encoded(self, inputs: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
         tokenizer, context = self.service.tokenizer, self.service.generations.engine.context
@@ -99,16 +106,16 @@ class Embeddings:
             prompts.append(ids)
         return prompts
 
-    async def _by_space(self, space: FixedSpace, inputs: Sequence[str | list[int]]) -> tuple[Floats, int]:
+    async def _by_space(self, call: Call, space: FixedSpace, inputs: Sequence[str | list[int]]) -> Floats:
         texts = [one for one in inputs if isinstance(one, str)]
         if len(texts) < len(inputs):
             raise ParameterError("this embedder takes texts, not token ids", "input")
         if not all(text.strip() for text in texts):
             raise ParameterError("an input is empty", "input")
-        vectors = await asyncio.to_thread(space.embed, texts)
         # The embedder's own tokenizer is not asked; a base's tokens are near enough for a count of usage.
-        tokens = await self.service.speaker.prepare(lambda: sum(map(len, self.service.tokenizer(texts).input_ids)))
-        return vectors, tokens
+        speaker, tokenizer = self.service.speaker, self.service.tokenizer
+        self._let_in(call, await speaker.prepare(lambda: sum(map(len, tokenizer(texts).input_ids))))
+        return await speaker.score(partial(space.embed, texts))
 
 
 def _written(vector: Floats, encoding: str | None) -> Any:

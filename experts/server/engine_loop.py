@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,12 @@ class EngineLoop:
                     self._sinks.pop(request.id, None)
                 raise
             with self._lock:
-                if self._session is session or request.id not in self._sinks:
-                    break  # taken; or it was told already that its session failed
+                taken = self._session is session
+                told = request.id not in self._sinks  # that its session failed
+            if not taken:
+                session.close()  # once more: it came to a session that was closed
+            if taken or told:
+                break
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -118,10 +122,12 @@ class EngineLoop:
         except Exception as error:
             # A step that broke leaves the batch in no known state: all its requests fail, and a new one begins.
             log.exception("a step of the engine failed")
-            broken = self._session
+            # The exchange and the taking of the sinks are one: who submits in between would be told of a failure that
+            # is not its own, and its request would run on in the new session with nobody to hear it.
             with self._lock:
-                self._session = self._engine.session()
-            self._fail(error)
+                broken, self._session = self._session, self._engine.session()
+                sinks, self._sinks = self._sinks, {}
+            self._tell(sinks, error)
             broken.close()
             return
         heard: list[tuple[Sink, Piece | Exception]] = []
@@ -142,6 +148,9 @@ class EngineLoop:
     def _fail(self, error: Exception) -> None:
         with self._lock:
             sinks, self._sinks = self._sinks, {}
+        self._tell(sinks, error)
+
+    def _tell(self, sinks: Mapping[str, Sink], error: Exception) -> None:
         if sinks:
             self._deliver(Delivery(time.monotonic(), [(sink, error) for sink in sinks.values()]))
 

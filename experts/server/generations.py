@@ -9,19 +9,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from xpert.errors import BadInput, NotFound
 from xpert.experts.aggregated import open_aggregator
-from xpert.experts.mixture import Mixture
+from xpert.experts.mixture import Mixture, MixtureExpert
 from xpert.experts.routing import MixtureRouter
 from xpert.experts.server.model_names import Way, by_way
 from xpert.experts.serving import MixtureRunner, open_gate
 from xpert.language_model import LanguageModel
 from xpert.protocols import Aggregator
-from xpert.storage import hash_json
+from xpert.storage import hash_file, hash_json
 
-__all__ = ["Generation", "Generations", "Routed"]
+__all__ = ["Generation", "Generations", "Routed", "served_fingerprint"]
 
 log = logging.getLogger("xpert.server")
 
@@ -50,40 +51,78 @@ class Generation:
     created: float = field(default_factory=time.time)
     uses: int = 0
     _ways: OrderedDict[Way, Routed] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _making: dict[Way, threading.Lock] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards the two above; nothing is computed under it
 
     @property
     def mixture(self) -> Mixture:
         return self.runner.mixture
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides answers, but for the base's weights' location."""
-        mixture = self.mixture
-        return hash_json(
-            [
-                mixture.base.fingerprint,
-                [[expert.key, expert.fingerprint, expert.weight] for expert in mixture.experts],
-                [mixture.router, dict(mixture.router_params)],
-                mixture.router_state.fingerprint if mixture.router_state else None,
-                mixture.calibration.to_dict() if mixture.calibration else None,
-                mixture.aggregator.to_dict() if mixture.aggregator else None,
-                [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint] if mixture.gate else None,
-            ]
-        )
+        """See `served_fingerprint`. Every reply says it, so it is made once."""
+        return served_fingerprint(self.mixture)
 
-    def by(self, way: Way) -> Routed:
-        """Ready for a way; made at its first use, which takes the router's time to prepare."""
+    def kept(self, way: Way) -> Routed | None:
+        """What `by` has at hand."""
         if way == Way():
             return self.routed
         with self._lock:
             found = self._ways.get(way)
-            if found is None:
-                found = self._ways[way] = ready(by_way(self.mixture, way), seed=self.seed, device=self.device)
-                if len(self._ways) > WAYS:
-                    self._ways.popitem(last=False)
-            self._ways.move_to_end(way)
+            if found is not None:
+                self._ways.move_to_end(way)
             return found
+
+    def by(self, way: Way) -> Routed:
+        """Ready for a way; made at its first use, which takes the router's time to prepare. Who asks for the same way
+        meanwhile waits; others do not."""
+        found = self.kept(way)
+        if found is not None:
+            return found
+        with self._lock:
+            making = self._making.setdefault(way, threading.Lock())
+        with making:
+            found = self.kept(way)
+            if found is not None:
+                return found
+            try:
+                found = ready(by_way(self.mixture, way), seed=self.seed, device=self.device)
+                with self._lock:
+                    self._ways[way] = found
+                    if len(self._ways) > WAYS:
+                        self._ways.popitem(last=False)
+            finally:
+                with self._lock:
+                    self._making.pop(way, None)
+            return found
+
+
+def served_fingerprint(mixture: Mixture) -> str:
+    """Of all that decides answers and how they are asked for, but for where the files lie.
+
+    Of an expert that is more than its weights: its settings, and what routers read of it, which the version of a
+    registered one stands for and the card of one in a folder.
+    """
+    return hash_json(
+        [
+            mixture.name,
+            mixture.base.fingerprint,
+            [
+                [
+                    expert.key,
+                    _engine_key(expert),
+                    expert.weight,
+                    expert.card.to_dict() if expert.in_folder else expert.ref,
+                ]
+                for expert in mixture.experts
+            ],
+            [mixture.router, dict(mixture.router_params)],
+            mixture.router_state.fingerprint if mixture.router_state else None,
+            mixture.calibration.to_dict() if mixture.calibration else None,
+            mixture.aggregator.to_dict() if mixture.aggregator else None,
+            [mixture.gate.name, dict(mixture.gate.params), mixture.gate.fingerprint] if mixture.gate else None,
+        ]
+    )
 
 
 def ready(mixture: Mixture, *, seed: int, device: str) -> Routed:
@@ -130,14 +169,13 @@ class Generations:
             )
         self._made += 1
         number = self._made
-        keys = {expert.key: f"{expert.key}@{expert.fingerprint[:16]}" for expert in mixture.experts}
+        keys = {expert.key: _engine_key(expert) for expert in mixture.experts}
         gate = _gate_key(number)
         if mixture.gate is not None and not hasattr(self.engine, "gates"):
             raise BadInput(
                 f"this engine has no token gates, and the mixture has {mixture.gate.name}",
                 hint="use --engine torch-lora, or a mixture without a gate",
             )
-        added: list[str] = []
         with self._lock:
             self._opening = frozenset(keys.values())
         try:
@@ -145,7 +183,6 @@ class Generations:
             for expert in mixture.experts:
                 if keys[expert.key] not in known:
                     self.engine.add_expert(keys[expert.key], expert.folder)
-                    added.append(keys[expert.key])
             if mixture.gate is not None:
                 self.engine.add_gate(gate, open_gate(mixture.gate, self.lm.device, keys))
             routed = ready(mixture, seed=self._seed, device=self._device)
@@ -153,7 +190,9 @@ class Generations:
         except BaseException:
             with self._lock:
                 self._opening = frozenset()
-            self._forget(added)
+                self._forget(set(keys.values()))
+            if mixture.gate is not None:
+                self.engine.remove_gate(gate)
             raise
         return Generation(number, runner, routed, self._seed, self._device)
 
@@ -166,14 +205,6 @@ class Generations:
         for hear in self.published:
             hear(generation)
         self._clear()
-
-    def drop(self, generation: Generation) -> None:
-        """Lets go of one that was opened and will not be served."""
-        with self._lock:
-            self._opening = frozenset()
-            needed = {key for one in self._held for key in one.runner.keys.values()}
-        self._forget([key for key in generation.runner.keys.values() if key not in needed])
-        self._forget_gate(generation)
 
     @contextmanager
     def hold(self) -> Iterator[Generation]:
@@ -194,20 +225,26 @@ class Generations:
         with self._lock:
             over = [one for one in self._held if one is not self.current and not one.uses]
             self._held = [one for one in self._held if one not in over]
-            needed = {key for one in self._held for key in one.runner.keys.values()} | self._opening
+            self._forget({key for one in over for key in one.runner.keys.values()})
         for one in over:
-            self._forget([key for key in one.runner.keys.values() if key not in needed])
-            self._forget_gate(one)
+            if one.mixture.gate is not None:
+                self.engine.remove_gate(_gate_key(one.number))
             log.info("generation %d (%s) is no longer served", one.number, one.mixture.name)
 
-    def _forget_gate(self, generation: Generation) -> None:
-        if generation.mixture.gate is not None:
-            self.engine.remove_gate(_gate_key(generation.number))
-
-    def _forget(self, keys: list[str]) -> None:
-        for key in keys:
+    def _forget(self, keys: set[str]) -> None:
+        """Takes those experts out of the engine that no generation needs. Under the lock, or one that `open` has just
+        found there would go; the engine does no more than strike a name from a list."""
+        needed = {key for one in self._held for key in one.runner.keys.values()} | self._opening
+        for key in keys - needed:
             with suppress(NotFound):
                 self.engine.remove_expert(key)
+
+
+def _engine_key(expert: MixtureExpert) -> str:
+    """Under which no other content can stand: the weights alone do not tell a changed scale."""
+    settings = expert.folder / "adapter_config.json"
+    content = [expert.fingerprint, hash_file(settings) if settings.is_file() else None]
+    return f"{expert.key}@{hash_json(content)[:16]}"
 
 
 def _gate_key(number: int) -> str:

@@ -18,6 +18,7 @@ from xpert.config import Config, option
 from xpert.errors import BadInput, NotFound, unknown
 from xpert.experts.aggregated import check_aggregator
 from xpert.experts.mixture import BASE, AggregatorChoice, Mixture
+from xpert.experts.router_learning.cross_fitting import learns
 from xpert.protocols import WeightedExperts
 
 __all__ = ["Asked", "Way", "by_way", "parse_model"]
@@ -81,8 +82,6 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         raise BadInput(f"router {router} is for evaluations: it reads the answer's skill", where="model")
     plugin = _known("router", router)
     own = router == mixture.router
-    if getattr(plugin, "learned", False) and not (own and mixture.router_state is not None):
-        raise BadInput(f"router {router} was not trained for this mixture", where="model")
     params: dict[str, Any] = dict(mixture.router_params) if own else {}
     fields = {field.name for field in dataclasses.fields(plugin.Options)}
     if way.k is not None:
@@ -94,6 +93,8 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         if "threshold" not in fields:
             raise BadInput(f"router {router} has no threshold", where="model", hint="leave it out")
         params["threshold"] = way.threshold
+    if learns(router, params) and not (own and mixture.router_state is not None):
+        raise BadInput(f"router {router} was not trained for this mixture", where="model")
     aggregator = mixture.aggregator
     if way.aggregator == _NO_AGGREGATOR:
         aggregator = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +20,7 @@ __all__ = [
     "event",
     "experts_header",
     "explanation",
+    "text_length",
     "usage",
 ]
 
@@ -31,13 +32,10 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def usage(prompts: Sequence[int], completions: Sequence[int]) -> dict[str, int]:
-    """Tokens of the prompts, each counted once, and of all replies."""
-    return {
-        "prompt_tokens": sum(prompts),
-        "completion_tokens": sum(completions),
-        "total_tokens": sum(prompts) + sum(completions),
-    }
+def usage(prompt: int, completions: Sequence[int]) -> dict[str, int]:
+    """Tokens of the prompts, as `Call.prompt_tokens`, and of all replies."""
+    completion = sum(completions)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def experts_header(experts: WeightedExperts) -> str:
@@ -91,7 +89,7 @@ def completion_logprobs(
     offsets: list[int] = []
     if first is not None:
         names, logprobs, tops, offsets = [texts.of(first)[0]], [None], [None], [offset]
-        offset += len(names[0])
+        offset += text_length([first], texts)
     for told in tokens:
         name = texts.of(told.token)[0]
         names.append(name)
@@ -102,8 +100,13 @@ def completion_logprobs(
             top.setdefault(texts.of(other)[0], _finite(logprob))
         tops.append(top)
         offsets.append(offset)
-        offset += len(name)
+        offset += text_length([told.token], texts)
     return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def text_length(tokens: Iterable[int], texts: TokenTexts) -> int:
+    """Characters that begin in these tokens; those of one character's bytes have one together."""
+    return sum(byte & 0xC0 != 0x80 for token in tokens for byte in texts.of(token)[1])
 
 
 def _finite(logprob: float) -> float:

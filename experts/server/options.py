@@ -23,7 +23,7 @@ class ServeOptions(Config):
         "name",
         "what is served anew without a restart: name: the newest version of what was named without one, and a changed "
         "file; experts: also the newest version of each expert; all: also every other expert of the base in the "
-        "registry; none: nothing",
+        "registry that the router can choose; none: nothing",
         choices=("name", "experts", "all", "none"),
     )
     watch: float = option(5.0, "seconds between two looks at the registry", minimum=0.1)

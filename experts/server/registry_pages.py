@@ -68,7 +68,7 @@ class RegistryPages:
         return open_registry(self.mixture.registry)
 
     def _registered(self) -> list[MixtureExpert]:
-        return [expert for expert in self.mixture.experts if not _in_folder(expert)]
+        return [expert for expert in self.mixture.experts if not expert.in_folder]
 
     def _state_of(self, registry: Registry | None) -> Hashable:
         """What differs once something was published, removed, tagged or signed, or a folder was changed."""
@@ -77,7 +77,7 @@ class RegistryPages:
             records = registry.folder / "records"
             listed = tuple((entry.latest.ref, entry.latest.digest, entry.versions) for entry in registry.list())
             listed += tuple(sorted((path.name, path.stat().st_mtime_ns) for path in (records, *records.glob("*"))))
-        folders = [expert.folder for expert in self.mixture.experts if _in_folder(expert)]
+        folders = [expert.folder for expert in self.mixture.experts if expert.in_folder]
         files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
         return listed, tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
@@ -87,14 +87,14 @@ class RegistryPages:
             names.add(entry.version.name)
             yield entry
         for expert in self.mixture.experts:
-            if _in_folder(expert) and expert.key not in names:
+            if expert.in_folder and expert.key not in names:
                 yield _folder_version(expert)
         if self.mixture.name not in names:
             yield self._itself()
 
     def _itself(self) -> ShownVersion:
         mixture = self.mixture
-        refs = tuple(f"{expert.key}@1" if _in_folder(expert) else expert.ref for expert in mixture.experts)
+        refs = tuple(f"{expert.key}@1" if expert.in_folder else expert.ref for expert in mixture.experts)
         members = [Member(expert.key, ref, expert.weight) for expert, ref in zip(mixture.experts, refs, strict=True)]
         gate = mixture.gate
         facts = MixtureFacts(
@@ -119,10 +119,6 @@ class RegistryPages:
             uses=refs,
         )
         return ShownVersion(version, mixture=facts)
-
-
-def _in_folder(expert: MixtureExpert) -> bool:
-    return expert.ref.startswith(("/", "."))
 
 
 def _folder_version(expert: MixtureExpert) -> ShownVersion:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from xpert.chat_form import encode_prompt
 from xpert.experts.aggregating import Dialogue, answers_of, model_encoding
 from xpert.experts.server.batcher import Batcher
-from xpert.experts.server.engine_loop import Delivery, EngineLoop
+from xpert.experts.server.engine_loop import Delivery, EngineLoop, Sink
 from xpert.experts.server.generations import Generation
 from xpert.protocols import (
     Aggregator,
@@ -124,6 +124,10 @@ class Speaker:
     async def prepare(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparer, work)
 
+    async def score(self, work: Callable[[], T]) -> T:
+        """Beside the engine's steps, one work at a time: a model's tokenizer may not be used by two threads at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._scorer, work)
+
     def _hear(self, said: Delivery) -> None:
         self._step_began = said.began
         for sink, item in said.heard:
@@ -166,7 +170,7 @@ class Speaker:
         if request.constraint is None:
             self.loop.submit(request, arrived.put_nowait)
         else:  # its grammar may take a while to compile
-            await asyncio.to_thread(self.loop.submit, request, arrived.put_nowait)
+            await self._submitted(request, arrived.put_nowait)
         finished = False
         try:
             while not finished:
@@ -185,6 +189,20 @@ class Speaker:
         finally:
             if not finished:
                 self.loop.cancel(request.id)
+
+    async def _submitted(self, request: EngineRequest, sink: Sink) -> None:
+        """Submits on another thread, which cannot be stopped: whoever leaves meanwhile has it cancelled after."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.loop.submit, request, sink))
+
+        def leave(done: asyncio.Future[None]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.loop.cancel(request.id)
+
+        try:
+            await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(leave)
+            raise
 
     async def _escalated(self, task: Task) -> AsyncGenerator[Piece, None]:
         assert task.request is not None and task.route.escalation is not None
@@ -205,11 +223,12 @@ class Speaker:
         )
         work = partial(self._request, task, f"{task.id}-2", task.prompt, second.experts, task.sampling)
         spent = whole[-1]
-        async for piece in self._spoken(await self.prepare(work)):
-            if piece.finished is not None:  # both answers were computed, and count
-                tokens_made = piece.completion_tokens + spent.completion_tokens
-                piece = dataclasses.replace(piece, completion_tokens=tokens_made)
-            yield piece
+        async with aclosing(self._spoken(await self.prepare(work))) as pieces:
+            async for piece in pieces:
+                if piece.finished is not None:  # both answers were computed, and count
+                    tokens_made = piece.completion_tokens + spent.completion_tokens
+                    piece = dataclasses.replace(piece, completion_tokens=tokens_made)
+                yield piece
 
     async def _aggregated(self, task: Task) -> AsyncGenerator[Piece, None]:
         """The steps of the task's aggregator: all requests of a step at once, in the batch that runs."""

@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xpert.errors import BadInput, unknown
 from xpert.protocols import Constraint, Sampling
 from xpert.records import Message
 
 __all__ = [
+    "NEUTRAL",
     "ChatRequest",
     "CompletionRequest",
     "EmbeddingRequest",
@@ -28,7 +29,7 @@ COMPLETION_MAX_TOKENS = 16  # as OpenAI's
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -41,6 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "suffix": ("",),
 }
+"""Parameters that are let pass with these values, which mean what the engine does anyway."""
 
 
 class ParameterError(BadInput):
@@ -53,6 +55,15 @@ class ParameterError(BadInput):
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows no difference between 4 and 4.0, and some clients write the second."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # after Field, or the description loses the bounds
+Text = Annotated[str, Field(min_length=1)]
 
 
 class TextPart(_Model):
@@ -118,15 +129,15 @@ class Sampled(_Model):
     """What chat and completion requests share. Without a temperature the answer is greedy."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    seed: Annotated[int, WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -170,8 +181,6 @@ class Sampled(_Model):
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options needs stream=true", "stream_options")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if "" in stop or len(stop) > MOST_STOPS:
-            raise ParameterError(f"stop takes at most {MOST_STOPS} texts, none of them empty", "stop")
         for text in stop:
             check_text(text, "stop")
         return Sampling(
@@ -191,16 +200,16 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
 
     def sampling(self) -> Sampling:
         """Raises ParameterError for values that contradict each other or cannot be honoured."""
-        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ParameterError("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+        if self.max_tokens and self.max_completion_tokens:
+            raise ParameterError("max_tokens and max_completion_tokens exclude each other", "max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs needs logprobs=true", "top_logprobs")
         asked = (self.top_logprobs or 0) if self.logprobs else None
@@ -220,16 +229,18 @@ class ChatRequest(Sampled):
         return Constraint("json_schema", json.dumps(form.json_schema.schema_))
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31), WHOLE]], Field(min_length=1)]
 
 
 class CompletionRequest(Sampled):
     """`POST /v1/completions`: goes on with a text, or with token ids, without a chat form."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt: (
+        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -251,13 +262,13 @@ class EmbeddingRequest(_Model):
 
     model: str
     input: (
-        str
+        Text
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     user: str | None = None
 
     @property
@@ -285,13 +296,18 @@ def parse(model: type[M], value: Any) -> M:
     if not isinstance(value, dict):
         raise ParameterError("the body must be a JSON object", None)
     given = {key: item for key, item in value.items() if item is not None}
-    for name, neutral in _NEUTRAL.items():
-        if name in given and name not in model.model_fields and given.pop(name) not in neutral:
+    for name, neutral in NEUTRAL.items():
+        if name in given and name not in model.model_fields and not _among(given.pop(name), neutral):
             raise ParameterError(f"the parameter {name!r} is not supported", name, hint="leave it out")
     try:
         return model.model_validate(given)
     except ValidationError as error:
         raise _explained(error.errors()[0], model.model_fields) from None
+
+
+def _among(value: Any, allowed: Iterable[Any]) -> bool:
+    """`in`, for which False is not 0."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 _UNION = ("str", "function-", "list[", "constrained-", "nullable[")

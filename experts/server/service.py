@@ -16,15 +16,16 @@ from typing import Any
 from fastapi import Request, Response
 
 from xpert.errors import NotFound, XpertError
-from xpert.experts.mixture import BASE
+from xpert.experts.aggregated import check_one_stage
 from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
 from xpert.experts.server.calls import Call, Heard, Reply
 from xpert.experts.server.errors import error_event
 from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
+from xpert.experts.server.key_file import KeyHolder
 from xpert.experts.server.metrics import Moment, engine_figures
-from xpert.experts.server.model_names import Asked, Way, parse_model
+from xpert.experts.server.model_names import Asked, parse_model
 from xpert.experts.server.openai_forms import experts_header
 from xpert.experts.server.operation import Operation
 from xpert.experts.server.options import ServeOptions
@@ -37,7 +38,7 @@ from xpert.experts.server.token_texts import TokenTexts
 from xpert.experts.server.tracing import http_attributes, route_attributes
 from xpert.protocols import Constraint, Piece, RouteRequest, Sampling, TokenLogprob
 
-__all__ = ["Events", "Pieces", "Service", "check_many"]
+__all__ = ["Events", "Pieces", "Service", "check_allowed", "check_many"]
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 Events = Callable[[Call, Pieces], AsyncGenerator[str, None]]
@@ -90,7 +91,7 @@ class Service:
         """Admits a request, prepares it, and answers whole, or with `events` as a stream."""
         call = await self.open(request, kind, model, places)
         try:
-            await prepare(call)
+            await until_gone(request, call, prepare(call))
             self.operation.let_in(call)
             if events is None:
                 response = await until_gone(request, call, whole(call))
@@ -98,6 +99,8 @@ class Service:
             else:
                 # The first piece is awaited here, so that a request the engine refuses is answered by a status.
                 pieces = self.pieces(call)
+                # However it ends, the engine is told before the generation is let go.
+                call.resources.push_async_callback(pieces.aclose)
                 first = await until_gone(request, call, anext(pieces))
                 return EventStream(
                     call,
@@ -113,7 +116,8 @@ class Service:
         return response
 
     async def open(self, request: Request, kind: str, model: str, places: int) -> Call:
-        """Admits a request and gives it the current generation. Whoever ends it closes its resources.
+        """Admits a request and gives it the current generation. Whoever ends it closes its resources. For embeddings
+        (kind `embd`) the model is the embedder, which the caller has checked.
 
         Raises Busy where the queue is full, Unavailable once the server is ending, NotFound for an unknown model.
         """
@@ -135,12 +139,11 @@ class Service:
             call = Call(id, model, generation, deadline, resources, span, facts, stop, holder, places=places)
             self._calls[id] = call
             resources.callback(self._finish, call)
-            asked = self.asked(model, generation)
             facts.model = model
-            facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
-            if holder is not None and not holder.allows(_plain_name(model, generation)):
-                allowed = ", ".join(holder.models or ())
-                raise Forbidden(f"this key may not ask for {model!r}", hint=f"it may ask for {allowed}")
+            if kind != "embd":
+                asked = self.asked(model, generation)
+                facts.model_kind = "mixture" if asked.experts is None else "expert" if asked.experts else "base"
+            check_allowed(holder, model, generation)
         except BaseException:
             await resources.aclose()
             raise
@@ -178,7 +181,9 @@ class Service:
         if asked.experts is not None:
             return Task(id, generation, prompt, generation.runner.known(asked.experts), False, Sampling())
         # A router that is made for this request takes its time, which the others must not wait for.
-        routed = generation.routed if asked.way == Way() else await asyncio.to_thread(generation.by, asked.way)
+        routed = generation.kept(asked.way)
+        if routed is None:
+            routed = await asyncio.to_thread(generation.by, asked.way)
         found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(id, prompt.messages)]))
         return Task(id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
 
@@ -199,13 +204,9 @@ class Service:
             with call.span.child("route") as span:
                 prompt = await self.speaker.prepare(make)
                 routed = await self.route(f"{call.id}-{index}", call.model, call.generation, prompt)
+                if routed.aggregator is not None:
+                    check_one_stage(routed.route)
                 span.set(route_attributes(routed.route))
-            if routed.aggregator is not None and routed.route.escalation is not None:
-                raise ParameterError(
-                    "a router with a second stage and an aggregator exclude each other",
-                    "model",
-                    hint="take another router, or aggregator=none",
-                )
             if constraint is not None and routed.aggregator is not None:
                 raise ParameterError(
                     "a constrained reply cannot be made of several", "response_format", hint="ask for one expert"
@@ -308,10 +309,13 @@ def check_many(count: int, most: int, param: str) -> None:
         raise ParameterError(f"{count} replies are asked for at once; the most is {most}", param)
 
 
-def _plain_name(model: str, generation: Generation) -> str:
-    """The id by which a key's models are named: a way of the mixture is the mixture."""
+def check_allowed(holder: KeyHolder | None, model: str, generation: Generation) -> None:
+    """Raises Forbidden for a model that is not among the key's. A way of the mixture is the mixture."""
     mixture = generation.mixture
-    return model if model in (BASE, *mixture.keys) else mixture.name
+    plain = mixture.name if model.startswith(f"{mixture.name}:") and model not in mixture.keys else model
+    if holder is not None and not holder.allows(plain):
+        allowed = ", ".join(holder.models or ())
+        raise Forbidden(f"this key may not ask for {model!r}", hint=f"it may ask for {allowed}")
 
 
 def _own_seed(sampling: Sampling, number: int) -> Sampling:

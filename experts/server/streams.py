@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -112,11 +112,12 @@ async def until_gone(request: Request, call: Call, work: Awaitable[T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def merged(sources: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
-    """(index of the source, item) as they come, until all have ended. The first error ends all."""
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """(index of the source, item) as they come, until all have ended. The first error ends all, and so does closing."""
     if len(sources) == 1:
-        async for item in sources[0]:
-            yield 0, item
+        async with aclosing(sources[0]) as only:
+            async for item in only:
+                yield 0, item
         return
     arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
 

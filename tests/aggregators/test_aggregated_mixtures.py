@@ -218,6 +218,7 @@ MISTAKES = {
     "mix --experts {a},{b} --router fixed --aggregator majority --aggregator-param bu=1 -o {o}": "Did you mean 'by'",
     "mix --experts {a},{b} --router fixed --aggregator majority --aggregator-param by -o {o}": "is not KEY=VALUE",
     "mix --experts {a},{b} --router fixed --aggregator expert --aggregator-param expert=casng -o {o}": "'casing'",
+    "mix --experts {a},{b} --router cascade --param threshold=0.5 --aggregator b4 -o {o}": "a second stage and an",
     "mix --experts {a},{b} --router fixed --aggregator b4 --gate arrow -o {o}": "exclude each other",
     "run {three} --prompts {p} -o {o} --aggregator majorty": "Did you mean 'majority'",
     "run {three} --prompts {p} -o {o} --aggregator-param by=whole": "--aggregator-param needs an aggregator",

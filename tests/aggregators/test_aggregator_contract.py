@@ -137,6 +137,17 @@ def test_a_prompt_without_room_is_named(variant: tuple[str, dict[str, Any]], noi
     assert raised.value.where == "prompt q7"
 
 
+@pytest.mark.parametrize("choices", [(), ("red", "green", "blue", "white")])
+def test_what_fits_the_context_by_itself_is_answered(
+    variant: tuple[str, dict[str, Any]], choices: tuple[str, ...], noisy: Noisy
+) -> None:
+    aggregator = made(variant[0], **variant[1])
+    own = len(encoding().prompt(question("").messages))
+    for room in (1, 20, 31, 33, 100, 150, 250, 400):
+        one = question("w" * (600 - own - room), choices=choices, max_tokens=40)
+        assert ask(aggregator, one, noisy(), context=600).reason, f"with room for {room} tokens"
+
+
 def test_the_totals_are_of_all_replies(variant: tuple[str, dict[str, Any]], noisy: Noisy) -> None:
     engine = noisy()
     found = aggregate(engine, encoding(), made(variant[0], **variant[1]), questions())

@@ -58,8 +58,10 @@ def test_replies_that_do_not_fit_are_cut_alike() -> None:
     assert len(engine.requests) == 4, "what does not fit is not asked"
     final = engine.requests[-1]
     assert len(final.prompt_ids) + 32 <= 800 and final.sampling.max_tokens == min(400, 800 - len(final.prompt_ids))
-    with pytest.raises(BadInput, match="32 of them for the reply"):
-        ask(made("expert"), question(max_tokens=400), engine, context=300)
+    engine = ScriptedEngine(lambda e, prompt, s: "a long reply" if e == "c" else "yes")
+    verdict = ask(made("expert"), question(max_tokens=400), engine, context=240)
+    assert (verdict.text, verdict.experts) == ("yes", (("a", 0.5), ("b", 0.5)))
+    assert verdict.reason.startswith("no replies fit the context behind the question: 2 of 3 replies agree")
 
 
 # ── choice-shuffle ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -266,3 +266,9 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
         process.wait()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors and "stopped serving" in errors
+
+
+@pytest.mark.parametrize(("name", "value", "taken"), [("store", False, True), ("store", 0, False), ("n", 1.0, True)])
+def test_neutral_values_are_those_of_their_type(served: Any, name: str, value: object, taken: bool) -> None:
+    body = {"model": "base", "messages": SUM, "max_tokens": 1, name: value}
+    assert (httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200) is taken

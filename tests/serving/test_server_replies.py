@@ -175,9 +175,18 @@ def test_a_way_keeps_the_mixtures_own_parameters(pair: Mixture) -> None:
     assert by_way(pair, Way()) is pair
 
 
+def test_a_way_to_a_cascade_needs_no_training_with_a_threshold(pair: Mixture) -> None:
+    params = {"weak": "me/casing", "strong": "me/sums", "threshold": 0.2}
+    own = dataclasses.replace(pair, router="cascade", router_params=params)
+    assert by_way(own, Way(threshold=0.4)).router_params == {**params, "threshold": 0.4}
+    assert by_way(own, Way(aggregator="none")).router == "cascade"
+    assert by_way(pair, Way(router="cascade", threshold=0.4)).router_params == {"threshold": 0.4}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ("pair:router=cascade", "router cascade was not trained for this mixture"),
         ("pear", "unknown model 'pear'. Did you mean 'pair'?"),
         ("pair:router", "'router' is not NAME=VALUE"),
         ("pair:router=", "'router=' is not NAME=VALUE"),
@@ -222,6 +231,14 @@ def test_the_reason_is_told_on_request_alone(client: openai.OpenAI, stream: bool
     (found,) = told(extra_body={"xpert": {"explain": True}})
     assert found["answered_by"] == [{"expert": "me/casing", "weight": 1.0}]
     assert {candidate["expert"] for candidate in found["candidates"]} == {"me/casing", "me/sums"}
+
+
+def test_an_aggregator_does_not_go_with_a_second_stage(client: openai.OpenAI, staged: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="a second stage and an aggregator exclude each other"):
+        ask(client, model="pair:router=cascade,threshold=0.5,aggregator=majority")
+    staged(_Second(), _Joined())
+    with pytest.raises(openai.BadRequestError, match="a second stage and an aggregator exclude each other"):
+        ask(client)
 
 
 # ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -318,3 +335,14 @@ def test_what_an_aggregated_reply_cannot_have(
     staged(aggregator=_Joined())
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, **change)
+
+
+def test_a_whole_number_may_be_written_as_a_float(served: Any) -> None:
+    def answered(**change: Any) -> httpx.Response:
+        body = {"model": "base", "prompt": [3, 4], "max_tokens": 2, **change}
+        return httpx.post(f"{served.url}/v1/completions", json=body)
+
+    plain = answered(seed=1, logprobs=1).json()
+    assert answered(prompt=[3.0, 4.0], max_tokens=2.0, seed=1.0, logprobs=1.0).json()["choices"] == plain["choices"]
+    assert answered(max_tokens=2.5).status_code == 400
+    assert "less than or equal to 20" in answered(logprobs=21.0).json()["error"]["message"]
