@@ -183,7 +183,7 @@ class Watch:
             self._state = before  # it may be reached by the next look; what is wrong in itself waits for a change
             raise
         self._generations.publish(generation)
-        log.info("generation %d: %s with %d experts", generation.number, mixture.name, len(mixture.experts))
+        log.info("serving generation %d: %s with %d experts", generation.number, mixture.name, len(mixture.experts))
         return True
 
     def _run(self) -> None:
