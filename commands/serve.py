@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -45,7 +48,7 @@ def command(
 
     `model` in a request is the mixture's name (the router chooses the experts), the mixture with another router or
     aggregator (`NAME:router=skills,k=3`), an expert's key, or `base`. New versions of what was named are served without
-    a restart. Ctrl-C ends it: running answers get --grace seconds to finish, and the exit status is 0.
+    a restart. Ctrl-C or SIGTERM ends it: running answers get --grace seconds to finish, and the exit status is 0.
     """
     try:
         import uvicorn
@@ -80,9 +83,22 @@ def command(
         session.result({"url": url, "model": loaded.name}, f"serving {loaded.name} at {url}/v1 (page: {url}/)")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
         server = DrainingServer(config, app.state.service.operation.draining, grace=serving.grace)
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+        # Uvicorn sends itself the signal again once it has shut down: for SIGTERM that would end the process as killed.
+        with suppress(KeyboardInterrupt), _term_as_interrupt():
             server.run(sockets=[listener])
         session.progress.say("stopped serving")
+
+
+@contextmanager
+def _term_as_interrupt() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _log_to_stderr(level: int) -> None:

@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import xpert
 from xpert.experts.prototypes import FixedSpace
@@ -31,6 +32,7 @@ from xpert.experts.server.description import add_route
 from xpert.experts.server.embeddings import Embeddings, open_server_space
 from xpert.experts.server.errors import add_error_handlers
 from xpert.experts.server.generations import Generations
+from xpert.experts.server.head import HeadAsGet
 from xpert.experts.server.model_list import model_list
 from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.registry_pages import RegistryPages
@@ -40,6 +42,15 @@ from xpert.experts.server.service import Service
 from xpert.experts.server.watching import Watch
 
 __all__ = ["create_app"]
+
+TOLD_HEADERS = (
+    "retry-after",
+    "retry-after-ms",
+    "x-request-id",
+    "x-xpert-experts",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+)
+"""What a page of another origin may read of an answer, where it may ask at all."""
 
 
 def create_app(
@@ -77,6 +88,15 @@ def create_app(
         dependencies=[Depends(service.operation.check_key)],
     )
     app.state.service = service
+    app.add_middleware(HeadAsGet)
+    if options.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=TOLD_HEADERS,
+        )
     app.add_middleware(RequestWatch, hear=service.operation.hears)
     add_error_handlers(app)
     chat, completions, embeddings = Chat(service), Completions(service), Embeddings(service, space)
@@ -157,7 +177,7 @@ class _Pages:
     async def model(self, model: str) -> Response:
         known = {entry["id"]: entry for entry in self._models()}
         if model not in known:
-            self.service.asked(model, self.service.generations.current)
+            await asyncio.to_thread(self.service.check_way, model)
         return JSONResponse(known.get(model) or {**self._models()[0], "id": model})
 
     def _models(self) -> list[dict[str, object]]:

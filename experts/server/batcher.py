@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from xpert.errors import XpertError
+from xpert.errors import Unavailable, XpertError
 
 __all__ = ["Batcher"]
 
@@ -45,6 +45,12 @@ class Batcher(Generic[A, B]):
                     else:
                         with suppress(XpertError):
                             await self._one(entry)
+            except asyncio.CancelledError:
+                # The executor gave the batch up, as it does at its end; nobody else would tell those who wait.
+                for _, future in [*batch, *self._pending]:
+                    _fail(future, Unavailable("the server is shutting down"))
+                self._pending.clear()
+                raise
             except Exception as error:
                 # Whatever it is, those who wait must hear of it; they raise it where it is logged.
                 for _, future in batch:

@@ -35,7 +35,7 @@ class Chat:
         prompt = _prompt(body.messages)
         holder = getattr(request.state, "holder", None)
         with service.generations.hold() as generation, service.operation.limits.admit(holder, 0):
-            model = body.model or generation.mixture.name
+            model = body.model if body.model is not None else generation.mixture.name
             check_allowed(holder, model, generation)
             task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
         headers = {"x-xpert-experts": experts_header(task.route.experts)}

@@ -28,6 +28,9 @@ class ServeOptions(Config):
     )
     watch: float = option(5.0, "seconds between two looks at the registry", minimum=0.1)
     api_keys: Path | None = option(None, "file of hashed API keys and their limits, made by `xpert keys`")
+    cors: tuple[str, ...] = option(
+        (), "origins whose pages may ask from a browser, such as https://chat.example.org; * is every one"
+    )
     embedder: str | None = option(None, "what /v1/embeddings answers with: minilm, st:NAME or base; without it, 404")
     access_log: str = option(
         "none", "a line per request on stderr: as JSON, as text, or none", choices=("json", "text", "none")

@@ -8,14 +8,14 @@ import dataclasses
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
 
-from xpert.errors import NotFound, XpertError
+from xpert.errors import BadInput, NotFound, XpertError
 from xpert.experts.aggregated import check_one_stage
 from xpert.experts.server.admission import Admission
 from xpert.experts.server.body import read_json
@@ -25,7 +25,7 @@ from xpert.experts.server.failures import Forbidden
 from xpert.experts.server.generations import Generation, Generations
 from xpert.experts.server.key_file import KeyHolder
 from xpert.experts.server.metrics import Moment, engine_figures
-from xpert.experts.server.model_names import Asked, parse_model
+from xpert.experts.server.model_names import Asked, by_way, parse_model
 from xpert.experts.server.openai_forms import experts_header
 from xpert.experts.server.operation import Operation
 from xpert.experts.server.options import ServeOptions
@@ -169,11 +169,15 @@ class Service:
 
     def asked(self, model: str, generation: Generation) -> Asked:
         """Raises NotFound or BadInput about the parameter `model`."""
-        try:
+        with _about_the_model():
             return parse_model(model, generation.mixture, overrides=self.options.overrides)
-        except NotFound as error:
-            error.param, error.code = "model", "model_not_found"  # type: ignore[attr-defined]  # read by the error form
-            raise
+
+    def check_way(self, model: str) -> None:
+        """Raises what `asked` does, and what is wrong with a way that the current generation has not yet ready."""
+        generation = self.generations.current
+        asked = self.asked(model, generation)
+        with _about_the_model():
+            by_way(generation.mixture, asked.way)
 
     async def route(self, id: str, model: str, generation: Generation, prompt: Prompt) -> Task:
         """A task with its route and nothing to generate yet."""
@@ -183,7 +187,8 @@ class Service:
         # A router that is made for this request takes its time, which the others must not wait for.
         routed = generation.kept(asked.way)
         if routed is None:
-            routed = await asyncio.to_thread(generation.by, asked.way)
+            with _about_the_model():
+                routed = await asyncio.to_thread(generation.by, asked.way)
         found = await self.speaker.prepare(partial(routed.router.route, [RouteRequest(id, prompt.messages)]))
         return Task(id, generation, prompt, found[0], True, Sampling(), aggregator=routed.aggregator)
 
@@ -301,6 +306,18 @@ class Service:
             "generation": self.generations.current.number,
             "started": self.started,
         }
+
+
+@contextmanager
+def _about_the_model() -> Iterator[None]:
+    """Says of what is wrong inside that the parameter `model` is."""
+    try:
+        yield
+    except BadInput as error:
+        error.param = "model"  # type: ignore[attr-defined]  # read by the error form
+        if isinstance(error, NotFound):
+            error.code = "model_not_found"  # type: ignore[attr-defined]  # as above
+        raise
 
 
 def check_many(count: int, most: int, param: str) -> None:

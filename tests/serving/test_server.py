@@ -239,8 +239,9 @@ def test_a_broken_step_fails_its_requests_and_the_loop_lives() -> None:
     assert not loop.alive
 
 
-def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Path], tmp_path: Path) -> None:
-    """`xpert serve` in a process of its own: says its address, answers, and ends by Ctrl-C with status 0."""
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Path], tmp_path: Path, sent: str) -> None:
+    """`xpert serve` in a process of its own: says its address, answers, and ends by a signal with status 0."""
     import os
     import signal
     import subprocess
@@ -259,7 +260,7 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
         with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="none", max_retries=5) as client:
             answer = client.chat.completions.create(model=said["model"], messages=CASING, max_tokens=3)
         assert answer.choices[0].message.content is not None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, sent))
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -272,3 +273,16 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
 def test_neutral_values_are_those_of_their_type(served: Any, name: str, value: object, taken: bool) -> None:
     body = {"model": "base", "messages": SUM, "max_tokens": 1, name: value}
     assert (httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200) is taken
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status"),
+    [
+        ("/v1/route", {"model": ""}, 404),
+        ("/v1/chat/completions", {"model": "", "max_tokens": 1}, 404),
+        ("/v1/chat/completions", {"model": "base", "max_tokens": 1, "repetition_penalty": 5e-324}, 400),
+        ("/v1/chat/completions", {"model": "base", "max_tokens": 1, "repetition_penalty": 0.01}, 200),
+    ],
+)
+def test_values_at_the_edge(served: Any, path: str, change: dict[str, Any], status: int) -> None:
+    assert httpx.post(f"{served.url}{path}", json={"messages": SUM, **change}).status_code == status

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from xpert.config import Config
+from xpert.errors import Unavailable
+from xpert.experts.server.batcher import Batcher
 from xpert.experts.server.engine_loop import EngineLoop
 from xpert.experts.server.replies import Prompt, Speaker, Task
 from xpert.experts.server.streams import merged
-from xpert.protocols import Constraint, EngineRequest, Piece, Route, RouteRequest, Sampling
+from xpert.protocols import (
+    Answer,
+    Ask,
+    Constraint,
+    EngineRequest,
+    Escalation,
+    Piece,
+    Question,
+    Route,
+    RouteRequest,
+    Sampling,
+    Verdict,
+    Weigh,
+    Weighed,
+)
 
 PROMPT = [{"role": "user", "content": "go on"}]
 
@@ -26,6 +46,16 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def opened(url: str, body: dict[str, Any]) -> socket.socket:
+    """A request that was sent and whose answer nobody reads."""
+    host, port = url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head + content)
+    return connection
 
 
 class _Session:
@@ -152,6 +182,78 @@ def test_a_request_that_comes_right_after_a_session_broke_is_not_told_of_it() ->
     assert loop.active == 1
     loop.close()
     assert "shutting down" in str(told["second"])
+
+
+def test_who_waits_for_a_batch_hears_that_the_server_ends() -> None:
+    let_go, begun = threading.Event(), threading.Event()
+
+    def work(items: Sequence[int]) -> Sequence[int]:
+        begun.set()
+        assert let_go.wait(20)
+        return items
+
+    async def run() -> None:
+        executor = ThreadPoolExecutor(1)
+        busy = asyncio.get_running_loop().run_in_executor(executor, work, [])
+        batcher = Batcher(work, executor, 1)
+        waiting = [asyncio.ensure_future(batcher(number)) for number in range(3)]
+        await asyncio.to_thread(begun.wait, 20)
+        executor.shutdown(wait=False, cancel_futures=True)
+        let_go.set()
+        await busy
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+        assert [type(one) for one in found] == [Unavailable] * 3
+
+    asyncio.run(run())
+
+
+class _Cascade:
+    """Both stages of every route are of experts, and the first is never sure enough."""
+
+    def route(self, requests: Sequence[RouteRequest]) -> list[Route]:
+        second = Escalation((("me/sums", 1.0),), 1.1)
+        return [Route((("me/casing", 1.0),), (), "cascade", second) for _ in requests]
+
+
+class _TwoSteps:
+    """Asks one expert for a word, and then both for long."""
+
+    Options = Config
+
+    def answer(self, question: Question) -> Generator[Sequence[Ask | Weigh], Sequence[Answer | Weighed], Verdict]:
+        yield [Ask(question.messages, (("me/casing", 1.0),), Sampling(max_tokens=1))]
+        yield [Ask(question.messages, ((key, 1.0),), question.sampling) for key in ("me/casing", "me/sums")]
+        raise AssertionError("it was not to get so far")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("change", "late"),
+    [({"router": _Cascade()}, 1), ({"aggregator": _TwoSteps()}, 2)],
+    ids=["second stage", "second step"],
+)
+def test_leaving_late_in_a_reply_of_several_stages_leaves_nothing(
+    served: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], late: int, stream: bool
+) -> None:
+    current, service = served.generations.current, served.app.state.service
+    monkeypatch.setattr(current, "routed", dataclasses.replace(current.routed, **change))
+    submitted: list[str] = []
+    plain = service.speaker.loop.submit
+
+    def submit(request: EngineRequest, sink: Any) -> None:
+        submitted.append(request.id)
+        if len(submitted) > 1 and "router" in change:  # the second stage is as long as its sampling says
+            request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, max_tokens=400))
+        plain(request, sink)
+
+    monkeypatch.setattr(service.speaker.loop, "submit", submit)
+    body = {"model": "pair", "messages": PROMPT, "stream": stream, "max_tokens": 3 if "router" in change else 400}
+    connection = opened(served.url, body)
+    until(lambda: len(submitted) == 1 + late)
+    connection.close()
+    until(lambda: served.active() == 0, 5)
+    until(lambda: service.admission.used == 0 and current.uses == 0, 5)
+    assert len(submitted) == 1 + late
 
 
 @pytest.fixture

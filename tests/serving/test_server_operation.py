@@ -177,6 +177,22 @@ def test_a_request_log_holds_what_was_asked_and_why_it_went_where(
     assert (first["routed"], second["routed"], second["fell_back"]) == (True, False, False)
 
 
+def test_an_expert_of_the_second_stage_has_served_the_request(
+    pair: Mixture, serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    served = serve(pair, request_log=tmp_path / "log")
+    assert post(served, model="pair:router=cascade,threshold=1").status_code == 200
+    assert post(served, model="pair:router=cascade,threshold=0").status_code == 200
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert "xpert_base_fallbacks_total 1.0" in metrics
+    served.app.state.service.operation.request_log.close()
+    (file,) = (tmp_path / "log").glob("*.jsonl")
+    second, first = (json.loads(line) for line in file.read_text().splitlines())
+    assert [entry["expert"] for entry in second["experts"]] == ["me/sums"] and not second["fell_back"]
+    assert "is under 1.00: me/sums answers" in second["reason"]
+    assert first["experts"] == [] and first["fell_back"]
+
+
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
