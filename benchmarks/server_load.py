@@ -13,8 +13,8 @@ clients at it over loopback, all at once:
 
 It fails unless every answer has the status it should have (429 counts as an answer, and is asked again), every whole
 request gets a whole answer, no status is 5xx, nothing is left running at the end, and the server's memory has grown
-by no more than 5 % since it was warm (a fifth of the time, at least 20 s). Kept prefixes of prompts may take 64 MiB, not
-256 as by default, so that they fill within the time: filling up to a limit is no leak.
+by no more than 5 % since it was warm (a fifth of the time, at least 20 s). Kept prefixes of prompts may take 64 MiB,
+not 256 as by default, so that they fill within the time: filling up to a limit is no leak.
 """
 
 from __future__ import annotations
