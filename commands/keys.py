@@ -44,7 +44,10 @@ def add(
     concurrent: int | None,
     models: str | None,
 ) -> None:
-    """Make a key for NAME and print it, this once; FILE is made if there is none."""
+    """Make a key for NAME, and print it this once.
+
+    FILE is made if there is none.
+    """
     from xpert.experts.server.key_file import add_key
 
     allowed = tuple(model.strip() for model in models.split(",")) if models is not None else None
@@ -86,7 +89,10 @@ def list_keys(session: Session, file: Path) -> None:
 @click.argument("name", metavar="NAME")
 @common_options
 def remove(session: Session, file: Path, name: str) -> None:
-    """Take NAME's key out of FILE: no request with it is taken any more."""
+    """Take NAME's key out of FILE.
+
+    A running server refuses it from the next request on.
+    """
     from xpert.experts.server.key_file import remove_key
 
     remove_key(file, name)

@@ -134,6 +134,8 @@ def _gate(name: str | None, params: tuple[str, ...]) -> Any:
 
 
 def _text(out: Path, mixture: Any) -> str:
+    from xpert.experts.router_learning.cross_fitting import learns
+
     behind = f"router {mixture.router}" + (f" and gate {mixture.gate.name}" if mixture.gate else "")
     behind += f", with aggregator {mixture.aggregator.name}" if mixture.aggregator else ""
     lines = [f"{out}: {len(mixture.experts)} experts of {mixture.base.ref} behind {behind}"]
@@ -141,4 +143,7 @@ def _text(out: Path, mixture: Any) -> str:
         lines += [f"  {'in ' if r['chosen'] else 'out'}  {r['expert']}  {r['reason']}" for r in mixture.recruited]
     else:
         lines += [f"  {expert.key}  {expert.ref}" for expert in mixture.experts]
+    if learns(mixture.router, mixture.router_params):
+        told = f"xpert router train {out} --on SUITE --router {mixture.router} -o FILE"
+        lines.append(f"router {mixture.router} has to be trained before it routes: {told}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -63,6 +64,7 @@ def command(
     serving: ServeOptions = take(ServeOptions, options)
     choice = EngineChoice(engine, pairs(engine_params, option="--engine-param"))
     choice.options()
+    _log_to_stderr(logging.WARNING if session.quiet else logging.INFO)
     loaded = source_of(mixture, serving, registry=location, base=base).load()
     with _bound(host, port) as listener:
         app = open_app(
@@ -97,6 +99,14 @@ def _term_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _log_to_stderr(level: int) -> None:
+    """Shows what the server says beside requests: a new generation, keys read anew, what went wrong."""
+    log = logging.getLogger("xpert.server")
+    log.setLevel(level)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from xpert.experts.aggregated import choices_of
 from xpert.experts.journal import append_line, read_journal
 from xpert.experts.mixture import Mixture
 from xpert.experts.serving import EngineChoice, MixtureRunner, Reply
@@ -36,7 +37,9 @@ def answer_file(
     `open_runner` loads the models, and is not called where nothing is left to answer.
     """
     check_output(out)
-    key = hash_json([_identity(mixture), [_question(row) for row in rows], sampling.to_dict(), seed, *_engine(engine)])
+    key = hash_json(
+        [_identity(mixture), [_question(row, mixture) for row in rows], sampling.to_dict(), seed, *_engine(engine)]
+    )
     partial = out.parent / f".{out.name}.partial"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,5 +98,11 @@ def _engine(engine: EngineChoice | None) -> list[Any]:
     return [] if engine is None or default else [engine.name, dict(engine.params)]
 
 
-def _question(row: Row) -> Mapping[str, Any]:
-    return {"id": row.id, "messages": row.chat(), "skill": row.skill}
+def _question(row: Row, mixture: Mixture) -> Mapping[str, Any]:
+    choices = choices_of(row) if mixture.aggregator is not None else ()  # which nobody else reads
+    return {
+        "id": row.id,
+        "messages": row.chat(),
+        "skill": row.skill,
+        **({"choices": choices} if choices else {}),
+    }

@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 BOOTSTRAP_SAMPLES = 2000
+_RESAMPLED_AT_ONCE = 2_000_000
+"""Scores drawn at once: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +353,8 @@ def bootstrap(scores: Sequence[float], seed: int = 0) -> Interval:
     if values.size == 0:
         raise ValueError("no scores")
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, values.size, size=(BOOTSTRAP_SAMPLES, values.size))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    step = max(1, _RESAMPLED_AT_ONCE // values.size)  # of 100,000 items, all resamples together took 3 GB
+    sizes = [min(step, BOOTSTRAP_SAMPLES - start) for start in range(0, BOOTSTRAP_SAMPLES, step)]
+    means = [values[rng.integers(0, values.size, size=(size, values.size))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Interval(score=float(values.mean()), low=float(low), high=float(high), n=int(values.size))

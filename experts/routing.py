@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from xpert import plugins
-from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture, router_options
 from xpert.experts.router_state import read_router_state
+from xpert.experts.routers._learning import untrained
 from xpert.protocols import Escalation, Route, Router, RouteRequest, RouterState
 from xpert.records import Row
 
@@ -66,10 +66,7 @@ def open_router(mixture: Mixture, options: Any, *, seed: int, device: str) -> Ro
     if mixture.router_state is None:
         if getattr(plugin, "untrained", _never)(options):
             return _opened(plugin, options, None, seed, device)
-        raise BadInput(
-            f"router {mixture.router} has to be trained for this mixture first",
-            hint=f"xpert router train MIXTURE --on SUITE --router {mixture.router} -o FILE",
-        )
+        raise untrained(mixture.router)
     return _opened(plugin, options, read_router_state(mixture.router_state.file), seed, device)
 
 

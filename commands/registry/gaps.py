@@ -84,8 +84,9 @@ def command(
 def _shown(report: GapsReport, out: Path | None) -> list[str]:
     usage, found = report.usage, report.found
     share = usage.fell_back / usage.routed if usage.routed else 0.0
+    files = report.requests.files
     lines = [
-        f"{usage.requests:,} requests in {report.requests.files:,} files; of {usage.routed:,} routed ones "
+        f"{usage.requests:,} requests in {files:,} file{'' if files == 1 else 's'}; of {usage.routed:,} routed ones "
         f"{usage.fell_back:,} fell back to the base model ({share:.1%})"
     ]
     if report.requests.torn:
@@ -150,8 +151,9 @@ def _next(report: GapsReport, out: Path | None) -> list[str]:
     if gap.holders:
         skill = gap.skill[0] if gap.skill else gap.slug
         lines.append(f"  first try to mix in what the registry has of {skill}: {', '.join(gap.holders)}")
-    where = out / shots_file(gap) if out is not None else None
-    shots = where or f"DIR/{shots_file(gap)} (written with -o DIR)"
+    if out is None:
+        lines.append("  with -o DIR its prompts are written as shots, and then")
+    shots = (out or Path("DIR")) / shots_file(gap)
     return [*lines, f"  xpert select POOL --shots {shots} --budget 1000 -o SELECTION"]
 
 

@@ -127,6 +127,8 @@ def vote(ballots: Sequence[Ballot], question: Question, by: str, *, counted: str
         ],
     }
     unanimous = f"all {len(ballots)} {counted} agree" if len(backers) == len(ballots) else None
+    if len(ballots) == 1:
+        unanimous = "there is nothing to compare the one reply with"
     reason = unanimous or f"{len(backers)} of {len(ballots)} {counted} agree, with {share:.0%} of the votes"
     return Verdict(backers[0].reply.text, _whose(backers), reason, backers[0].reply.finished, log)
 

@@ -111,7 +111,9 @@ class CookAggregator:
         reply, shown = yield from self._final(question, passages)
         log["used"] = [passage.expert for passage in passages[:shown]]
         used = passages[:shown]
-        reason = f"{self.options.expert} answered with passages of {', '.join(p.expert for p in used) or 'nobody'}"
+        named = ", ".join(passage.expert for passage in used)
+        reason = f"{self.options.expert} answered " + (f"with passages of {named}" if used else "without passages")
+        reason += f"; {_FULL}" if "stopped" in log else ""
         if shown < len(passages):
             reason += f"; {len(passages) - shown} more did not fit the context"
         whose = shares(members_of(question), [passage.expert for passage in used])
@@ -157,7 +159,7 @@ class CookAggregator:
                 left.remove(chosen)
                 text = self._brief((yield [self._passage_ask(question, chosen)])[0])
             except BadInput:
-                rounds.append({"stopped": _FULL})
+                log["stopped"] = _FULL
                 break
             if text:
                 passages.append(_Passage(chosen, text))

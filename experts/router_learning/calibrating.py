@@ -24,9 +24,10 @@ from xpert.errors import BadInput
 from xpert.experts.calibration import Calibration
 from xpert.experts.mixture import Mixture
 from xpert.experts.mixture_file import write_mixture
-from xpert.experts.router_learning.cross_fitting import FOLDS, routes_of
+from xpert.experts.router_learning.cross_fitting import FOLDS, learns, routes_of
 from xpert.experts.router_learning.measures import calibration_error, chosen_scores, obtained
 from xpert.experts.router_learning.observations import Observed
+from xpert.experts.routers._learning import untrained
 from xpert.progress import SILENT, Progress
 from xpert.storage import check_output
 
@@ -73,9 +74,12 @@ def calibrate(
     """
     check_output(out)
     options = options or CalibrateOptions()
+    if mixture.router_state is None and learns(mixture.router, mixture.router_params):
+        raise untrained(mixture.router)  # which leaves a calibration out: it would be one of other scores
     routed = routes_of(mixture, observed, folds=folds, seed=seed, device=device, progress=progress)
-    # What the first choice itself is worth: a cascade's second stage has no score of its own.
+    # A chance is of the first choice: a cascade's second stage has no score of its own. A bound leaves out both.
     first = obtained([dataclasses.replace(route, escalation=None) for route in routed.routes], observed.observations)
+    whole = obtained(routed.routes, observed.observations)
     every = chosen_scores(routed.routes)
     known = np.isfinite(every)
     scores, earned = every[known], first.scores[known]
@@ -85,12 +89,14 @@ def calibrate(
             f"router {mixture.router} gave {len(scores)} of {len(every)} prompts to an expert, with "
             f"{len(np.unique(scores))} different scores; a calibration needs {_FEWEST} prompts and two scores",
             where=str(observed.folder),
-            hint="observe a larger suite, or another router",
+            hint="let another than the base be the weak"
+            if any(route.escalation for route in routed.routes) and not len(scores)
+            else "observe a larger suite, or take another router",
         )
     curve = fit_curve(scores, earned, knots=options.knots)
     held_out = _left_out_chances(scores, earned, options.knots, folds, seed)
     at_base = np.array([not route.experts for route in routed.routes])
-    below, gain = _bound(options, curve, scores, earned, base, len(every), int(at_base.sum()), folds, seed)
+    below, gain = _bound(options, curve, scores, whole.scores[known], base, len(every), int(at_base.sum()), folds, seed)
     sent = at_base.copy()
     if below is not None:
         sent |= every < below  # what has no score is not below it
@@ -108,8 +114,8 @@ def calibrate(
         "folds": folds,
         "base_share_before": float(np.mean(at_base)),
         "base_share": float(np.mean(sent)),
-        "score_before": float(np.mean(first.scores)),
-        "score": float(np.mean(np.where(sent, alone, first.scores))),
+        "score_before": float(np.mean(whole.scores)),
+        "score": float(np.mean(np.where(sent & ~at_base, alone, whole.scores))),
         **({"gain_left_out": gain} if gain is not None else {}),
     }
     made = dataclasses.replace(

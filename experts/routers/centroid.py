@@ -165,7 +165,10 @@ class CentroidRouter:
         reason = f"nearest skill {labels[0]!r} of {first.expert}, cosine {first.score:.2f}"
         threshold = self.thresholds[nearest[places[0]]]
         if first.score < threshold:
-            return Route((), candidates, f"{reason}, is under its threshold {threshold:.2f}; the base answers")
+            # Figures that round to the same would contradict the word between them.
+            close = f"{first.score:.2f}" == f"{threshold:.2f}"
+            bound = f"{threshold:.2f} by {threshold - first.score:.1g}" if close else f"{threshold:.2f}"
+            return Route((), candidates, f"{reason}, is under its threshold {bound}; the base answers")
         if len(candidates) > 1:
             second = candidates[1]
             reason += f"; next {labels[1]!r} of {second.expert}, {second.score:.2f}"

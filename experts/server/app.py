@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import xpert
+from xpert.experts.prototypes import FixedSpace
 from xpert.experts.server import page_files
 from xpert.experts.server.chat import Chat
 from xpert.experts.server.completions import Completions
@@ -53,12 +54,20 @@ TOLD_HEADERS = (
 
 
 def create_app(
-    generations: Generations, options: ServeOptions | None = None, *, device: str = "auto", watch: Watch | None = None
+    generations: Generations,
+    options: ServeOptions | None = None,
+    *,
+    device: str = "auto",
+    watch: Watch | None = None,
+    space: FixedSpace | None = None,
 ) -> FastAPI:
-    """The application; its engine thread, and the watch over what it serves, live as long as the application runs."""
+    """The application; its engine thread, and the watch over what it serves, live as long as the application runs.
+
+    `space` is that of the options' embedder, where it was opened already.
+    """
     options = options or ServeOptions()
     service = Service(generations, options)
-    space = open_server_space(options.embedder, device=device)
+    space = space or open_server_space(options.embedder, device=device)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -39,7 +39,7 @@ class Chat:
         holder = getattr(request.state, "holder", None)
         seconds = service.allowed(request)
         with service.generations.hold() as generation, service.operation.limits.admit(holder, 0):
-            model = body.model or generation.mixture.name
+            model = body.model if body.model is not None else generation.mixture.name
             check_allowed(holder, model, generation)
             try:
                 async with asyncio.timeout(seconds):

@@ -30,7 +30,8 @@ def check_allowed(holder: KeyHolder | None, model: str, generation: Generation) 
     mixture = generation.mixture
     plain = mixture.name if model.startswith(f"{mixture.name}:") and model not in mixture.keys else model
     if holder is not None and not holder.allows(plain):
-        raise Forbidden(f"this key may not ask for {model!r}")
+        allowed = ", ".join(holder.models or ())
+        raise Forbidden(f"this key may not ask for {model!r}", hint=f"it may ask for {allowed}")
 
 
 @contextmanager

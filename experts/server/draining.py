@@ -79,7 +79,7 @@ class Draining:
         self._draining = True
         before = set(self._running)
         if before:
-            log.warning("stopping: %d requests have %g s to end", len(before), grace)
+            log.warning("stopping: running requests have %g s to end: %d", grace, len(before))
         await self._wait(grace, hurry)
         told = dict(self._running)
         for stop in told.values():
@@ -92,7 +92,7 @@ class Draining:
             await self._wait(FAREWELL, hurry)
         ended = Ended(len(before) - len(told), len(told), self.running)
         if told:
-            log.warning("told %d requests to stop; %d of them have not", ended.told, ended.left)
+            log.warning("requests that were told to stop: %d; that have not: %d", ended.told, ended.left)
         return ended
 
     async def _wait(self, seconds: float, hurry: Callable[[], bool]) -> None:
@@ -103,7 +103,8 @@ class Draining:
 
 class DrainingServer(uvicorn.Server):
     """Uvicorn that drains between the signal and closing its sockets: meanwhile /readyz is heard, and clients on kept
-    connections get a 503 with a reason in place of a broken line. A second Ctrl-C ends the waiting."""
+    connections get a 503 with a reason in place of a broken line. A second Ctrl-C ends the waiting, and the
+    application still ends in good order: its logs are written, its spans sent."""
 
     def __init__(self, config: uvicorn.Config, draining: Draining, *, grace: float) -> None:
         super().__init__(config)
@@ -113,6 +114,8 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.draining.drain(self.grace, hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application's own end out then, and prints a traceback
+            await self.lifespan.shutdown()
 
 
 def _stopping() -> Unavailable:

@@ -25,10 +25,18 @@ __all__ = ["Embeddings", "open_server_space"]
 
 
 def open_server_space(embedder: str | None, *, device: str) -> FixedSpace | None:
-    """The space of an embedder other than the served base. Raises BadInput for one that is fitted on its texts."""
+    """The space of an embedder other than the served base.
+
+    Raises NotFound for an unknown one, BadInput for one that is fitted on its texts or on a base model.
+    """
     if embedder is None or embedder == BASE:
         return None
-    return open_space(embedder, device=device)
+    try:
+        return open_space(embedder, device=device)
+    except BadInput as error:
+        if embedder.partition(":")[0] not in ("minilm", "st"):
+            error.hint = "use minilm, st:NAME or base"
+        raise
 
 
 class Embeddings:

@@ -6,7 +6,9 @@ from fastapi import FastAPI
 
 from xpert.experts.mixture import Mixture
 from xpert.experts.server.app import create_app
+from xpert.experts.server.embeddings import open_server_space
 from xpert.experts.server.generations import Generations
+from xpert.experts.server.key_file import read_keys
 from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.watching import Source, Watch
 from xpert.experts.serving import EngineChoice, open_engine
@@ -40,6 +42,10 @@ def open_app(
     """
     options = options or ServeOptions()
     source = source_of(mixture, options, registry=registry, base=base)
+    # What is wrong with these is said before the model is waited for.
+    if options.api_keys is not None:
+        read_keys(options.api_keys)
+    space = open_server_space(options.embedder, device=device)
     loaded = loaded or source.load()
     lm, opened = open_engine(
         loaded.base.ref,
@@ -52,4 +58,4 @@ def open_app(
     progress.say(f"loading {len(loaded.experts)} experts")
     generations = Generations(loaded, lm, opened, seed=seed, device=device)
     watch = Watch(source, generations, seconds=options.watch)
-    return create_app(generations, options, device=device, watch=watch)
+    return create_app(generations, options, device=device, watch=watch, space=space)

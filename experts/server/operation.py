@@ -100,7 +100,7 @@ class Operation:
             facts.prompt_tokens, facts.completion_tokens = prompt, completion
             first = call.first
             facts.experts = call.experts
-            facts.fell_back = first.routed and not first.route.experts
+            facts.fell_back = first.routed and not first.answered.experts
             self._times(call)
             operation = "chat" if call.id.startswith("chatcmpl") else "text_completion"
             call.span.set(request_attributes(operation, call.model, first.sampling))
@@ -158,7 +158,7 @@ def _record(call: Call, task: Task, heard: Heard) -> RequestRecord:
         reply="".join(heard.texts),
         key=call.holder.name if call.holder is not None else None,
     )
-    return made.taking(task.route)
+    return made.taking(task.answered)
 
 
 def _ending(failure: BaseException | None) -> str:

@@ -94,6 +94,13 @@ class Task:
     outcome: Outcome = field(default_factory=lambda: Outcome((), ""))
     timing: Timing = field(default_factory=Timing)
 
+    @property
+    def answered(self) -> Route:
+        """The route as it was taken: with the experts of its second stage where these answered."""
+        if self.outcome.stage == 1:
+            return self.route
+        return dataclasses.replace(self.route, experts=self.outcome.experts, reason=self.outcome.reason)
+
 
 class Speaker:
     """Runs tasks on the engine. Routing and encoding take turns on one thread, `prepare`, with the tokenizer that the

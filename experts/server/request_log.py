@@ -48,9 +48,10 @@ class RequestRecord:
     """One request. `time`: when it came, in seconds since 1970; `seconds`: from then to the end of its reply.
 
     mixture, fingerprint: which mixture served then, in which state. model: what the request asked for. routed: whether
-    the router chose, as it does where `model` is the mixture. fell_back: whether it chose the base model. finished:
-    "stop" or "length" where the reply is whole, else in a word what ended it ("cancelled", "error", "timeout"). reply:
-    None where replies are not kept. key: the name of the client's key, never the key.
+    the router chose, as it does where `model` is the mixture. experts: those of a second stage, where that answered.
+    fell_back: whether the router left it to the base model. finished: "stop" or "length" where the reply is whole, else
+    in a word what ended it ("cancelled", "error", "timeout"). reply: None where replies are not kept. key: the name of
+    the client's key, never the key.
     """
 
     id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_sampled_answers_do_not_depend_on_the_rows_beside_them(mixture: Mixture,
     runner.close()
 
 
-def test_an_interrupted_run_is_not_taken_up_by_another_aggregator(
+def test_an_interrupted_run_is_not_taken_up_by_another_aggregator_or_with_other_choices(
     mixture: Mixture, rows: list[Row], tmp_path: Path
 ) -> None:
     from xpert.experts.answering import answer_file
@@ -169,6 +170,13 @@ def test_an_interrupted_run_is_not_taken_up_by_another_aggregator(
     assert (tmp_path / ".a.jsonl.partial").read_text().count("\n") == 2
     lines = answer_file(mixture, rows[:3], out, SHORT, open_runner=lambda: MixtureRunner.open(mixture))
     assert not any("aggregated" in line for line in lines)
+
+    out = tmp_path / "b.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(voting, rows[:3], out, SHORT, open_runner=lambda: Stopping.open(voting))
+    among = [replace(row, columns={"choices": ["yes", "no"]}) for row in rows[:3]]
+    lines = answer_file(voting, among, out, SHORT, open_runner=lambda: MixtureRunner.open(voting))
+    assert [line["aggregated"]["log"]["by"] for line in lines] == ["choice"] * 3
 
 
 def test_evaluations_score_what_the_aggregator_says(mixture: Mixture, rows: list[Row]) -> None:

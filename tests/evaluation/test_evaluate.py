@@ -102,3 +102,12 @@ def test_the_interval_covers_the_mean_and_narrows_with_n() -> None:
     assert many.high - many.low == pytest.approx(2 * 1.96 * np.sqrt(1 / 12 / 2000), rel=0.1)
     constant = bootstrap([0.5] * 9)
     assert (constant.low, constant.score, constant.high, constant.n) == (0.5, 0.5, 0.5, 9)
+
+
+def test_resamples_are_drawn_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(1).random(101).tolist()
+    whole = bootstrap(scores, 3)
+    picks = np.random.default_rng(3).integers(0, 101, size=(2000, 101))
+    assert (whole.low, whole.high) == tuple(np.quantile(np.array(scores)[picks].mean(axis=1), [0.025, 0.975]))
+    monkeypatch.setattr("xpert.experts.evaluate._RESAMPLED_AT_ONCE", 101 * 7)
+    assert bootstrap(scores, 3) == whole

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -99,15 +101,23 @@ class Running:
     def __init__(self, grace: float) -> None:
         self.draining = Draining()
         self.release: asyncio.Event
+        self.ended = False
         routes = [Route("/readyz", self.ready), Route("/stream", self.stream), Route("/plain", self.plain)]
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        config = uvicorn.Config(Starlette(routes=routes), log_level="error", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            Starlette(routes=routes, lifespan=self.life), log_level="error", ws="none", timeout_graceful_shutdown=5
+        )
         self.server = DrainingServer(config, self.draining, grace=grace)
         self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.listener]))
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
+
+    @asynccontextmanager
+    async def life(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self.ended = True
 
     async def ready(self, request: Request) -> Response:
         return Response(status_code=200 if self.draining.ready else 503)
@@ -177,3 +187,15 @@ def test_a_reply_that_outlasts_the_grace_ends_with_an_error_event(running: Runni
         assert "data: the server is stopping. Send the request again" in list(lines)
     running.thread.join(10)
     assert not running.thread.is_alive()
+
+
+@pytest.mark.parametrize("running", [30.0], indirect=True)
+def test_a_second_interrupt_waits_for_no_reply_and_still_ends_the_application(running: Running) -> None:
+    with httpx.stream("GET", f"{running.url}/stream") as reply:
+        lines = reply.iter_lines()
+        assert next(lines) == "data: begun"
+        running.server.handle_exit(signal.SIGINT, None)
+        running.server.handle_exit(signal.SIGINT, None)
+        list(lines)
+    running.thread.join(10)
+    assert not running.thread.is_alive() and running.ended

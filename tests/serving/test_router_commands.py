@@ -547,3 +547,22 @@ def test_an_untrained_mixture_cannot_route(mixture: Path, seen: Path, xpert: Run
         MixtureRouter(loaded)
     value = ok(xpert("router", "eval", tmp_path / "u.json", "--on", seen, "--json"))
     assert figures(value, "by-task")["how"] == "in 5 folds"
+    found = xpert("router", "calibrate", tmp_path / "u.json", "--on", seen, "-o", tmp_path / "c.json")
+    assert found.exit_code == 2 and not (tmp_path / "c.json").exists()
+    assert found.stderr.endswith("Run: xpert router train MIXTURE --on SUITE --router by-task -o FILE\n")
+
+
+def test_a_calibrated_cascade_keeps_what_its_second_stage_brings(
+    xpert: Run, mixture: Path, seen: Path, tmp_path: Path
+) -> None:
+    """What the bound leaves to it is answered as before, and the figures are those of the mixture as it answers."""
+    cascade = replace(load_mixture(mixture), router="cascade", router_params={"weak": "casing", "threshold": 0.65})
+    write_mixture(tmp_path / "u.json", cascade)
+    before = ok(xpert("router", "eval", tmp_path / "u.json", "--on", seen, "--json"))
+    share = ("--base-share", 0.3, "-o", tmp_path / "c.json", "--json")
+    value = ok(xpert("router", "calibrate", tmp_path / "u.json", "--on", seen, *share))
+    after = ok(xpert("router", "eval", tmp_path / "c.json", "--on", seen, "--json"))
+    assert figures(before, "cascade")["escalated"] > 0.2
+    for found, name in ((before, "score_before"), (after, "score")):
+        told = figures(found, "cascade")["score"]["score"]
+        assert value["figures"][name] == pytest.approx(told)

@@ -273,3 +273,16 @@ def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Pat
 def test_neutral_values_are_those_of_their_type(served: Any, name: str, value: object, taken: bool) -> None:
     body = {"model": "base", "messages": SUM, "max_tokens": 1, name: value}
     assert (httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200) is taken
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status"),
+    [
+        ("/v1/route", {"model": ""}, 404),
+        ("/v1/chat/completions", {"model": "", "max_tokens": 1}, 404),
+        ("/v1/chat/completions", {"model": "base", "max_tokens": 1, "repetition_penalty": 5e-324}, 400),
+        ("/v1/chat/completions", {"model": "base", "max_tokens": 1, "repetition_penalty": 0.01}, 200),
+    ],
+)
+def test_values_at_the_edge(served: Any, path: str, change: dict[str, Any], status: int) -> None:
+    assert httpx.post(f"{served.url}{path}", json={"messages": SUM, **change}).status_code == status

@@ -13,8 +13,11 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture
 from xpert.experts.server.key_file import add_key
+from xpert.experts.server.opening import open_app
+from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.pace import Pace
 
 ASK = {"model": "pair", "messages": [{"role": "user", "content": "Add the two numbers.\n\n3 + 4"}], "max_tokens": 3}
@@ -95,7 +98,7 @@ def test_a_key_may_be_for_some_models_alone(keyed: tuple[Any, Any]) -> None:
     assert post(served, key, model="pair:k=2").status_code == 200  # a way of the mixture is the mixture
     refused = post(served, key, model="me/sums")
     assert refused.status_code == 403
-    assert "may not ask for 'me/sums'" in refused.json()["error"]["message"]
+    assert "may not ask for 'me/sums'. It may ask for " in refused.json()["error"]["message"]
 
 
 # ── what is seen ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,6 +177,22 @@ def test_a_request_log_holds_what_was_asked_and_why_it_went_where(
     assert (first["routed"], second["routed"], second["fell_back"]) == (True, False, False)
 
 
+def test_an_expert_of_the_second_stage_has_served_the_request(
+    pair: Mixture, serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    served = serve(pair, request_log=tmp_path / "log")
+    assert post(served, model="pair:router=cascade,threshold=1").status_code == 200
+    assert post(served, model="pair:router=cascade,threshold=0").status_code == 200
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert "xpert_base_fallbacks_total 1.0" in metrics
+    served.app.state.service.operation.request_log.close()
+    (file,) = (tmp_path / "log").glob("*.jsonl")
+    second, first = (json.loads(line) for line in file.read_text().splitlines())
+    assert [entry["expert"] for entry in second["experts"]] == ["me/sums"] and not second["fell_back"]
+    assert "is under 1.00: me/sums answers" in second["reason"]
+    assert first["experts"] == [] and first["fell_back"]
+
+
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -221,3 +240,23 @@ def test_the_app_runs_without_uvicorn(pair: Mixture, served: Any) -> None:
 
     with TestClient(create_app(served.generations, served.options)) as client:
         assert client.post("/v1/chat/completions", json=ASK).json()["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedder": "lsa"}, "is fitted on the texts.*Use minilm, st:NAME or base"),
+        ({"embedder": "foo"}, "unknown embedder 'foo'. Use minilm, st:NAME or base"),
+        ({"embedder": "lm"}, "Use minilm, st:NAME or base"),
+        ({"api_keys": Path("none.json")}, "none.json: no such file"),
+    ],
+)
+def test_wrong_options_are_told_before_the_model_is_loaded(
+    pair: Mixture, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("xpert.experts.server.opening.open_engine", loaded)
+    with pytest.raises(BadInput, match=message):
+        open_app("pair", ServeOptions(**change), loaded=pair)

@@ -33,7 +33,7 @@ def test_it_names_the_next_expert_and_tells_usage(xpert: Run, log: Path) -> None
     result = xpert("registry", "gaps", log, *TWO)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "82 requests in 1 files; of 82 routed ones 42 fell back to the base model (51.2%)"
+    assert lines[0] == "82 requests in 1 file; of 82 routed ones 42 fell back to the base model (51.2%)"
     assert any(line.split() == ["casing", "40", "100.0%", "600", "0.95", "0"] for line in lines)
     assert any(line.split()[:2] == ["DAY", "ROUTED"] for line in lines)
     [told] = [line for line in lines if line.startswith("next expert to build: ")]
