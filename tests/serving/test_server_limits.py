@@ -125,7 +125,15 @@ def test_a_deadline_ends_a_whole_answer_with_408(served: Any) -> None:
     until(lambda: served.active() == 0)
 
 
-def test_a_deadline_ends_a_stream_with_an_error(served: Any) -> None:
+def test_a_deadline_ends_a_stream_with_an_error(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = served.app.state.service.speaker.loop._session
+    plain = session.step
+
+    def slowly() -> Any:
+        time.sleep(0.01)  # or an idle machine is through before the deadline
+        return plain()
+
+    monkeypatch.setattr(session, "step", slowly)
     body = {**LONG, "stream": True}
     late = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers={"x-xpert-timeout": "0.3"})
     if late.status_code == 408:  # not even its first token came
