@@ -182,8 +182,8 @@ class Watch:
         except (Unavailable, OSError):
             self._state = before  # it may be reached by the next look; what is wrong in itself waits for a change
             raise
-        self._generations.publish(generation)
         log.info("serving generation %d: %s with %d experts", generation.number, mixture.name, len(mixture.experts))
+        self._generations.publish(generation)
         return True
 
     def _run(self) -> None:
