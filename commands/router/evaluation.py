@@ -119,7 +119,7 @@ def _lines(found: RouterEvaluation) -> list[str]:
     if one.chances is not None:
         lines += _reliability(one)
     if one.risk is not None:
-        lines += ["", *_risk(one)]
+        lines += [*([""] if lines[-1] else []), *_risk(one)]
     if one.front:
         lines += ["", f"{one.name}: quality against cost, what is not dominated"]
         step = -(-len(one.front) // _SHOWN)

@@ -126,6 +126,8 @@ def vote(ballots: Sequence[Ballot], question: Question, by: str, *, counted: str
             for ballot, answer in zip(ballots, answers, strict=True)
         ],
     }
+    if len(ballots) == 1:
+        return Verdict(backers[0].reply.text, _whose(backers), "the only reply", backers[0].reply.finished, log)
     unanimous = f"all {len(ballots)} {counted} agree" if len(backers) == len(ballots) else None
     if len(ballots) == 1:
         unanimous = "there is nothing to compare the one reply with"

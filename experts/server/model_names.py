@@ -72,8 +72,8 @@ def parse_model(model: str, mixture: Mixture, *, overrides: bool = True) -> Aske
 def by_way(mixture: Mixture, way: Way) -> Mixture:
     """The mixture with the router and the aggregator that a way asks for.
 
-    The mixture's own router keeps its parameters and what it has learned; another begins with its defaults. Raises
-    BadInput or NotFound for what cannot be done.
+    The mixture's own router keeps its parameters, what it has learned and its calibration, whose bound a threshold
+    takes the place of; another begins with its defaults. Raises BadInput or NotFound for what cannot be done.
     """
     if way == Way():
         return mixture
@@ -95,6 +95,9 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         params["threshold"] = way.threshold
     if learns(router, params) and not (own and mixture.router_state is not None):
         raise BadInput(f"router {router} was not trained for this mixture", where="model")
+    calibration = mixture.calibration if own else None
+    if calibration is not None and way.threshold is not None:
+        calibration = dataclasses.replace(calibration, reject_below=None)  # the threshold asked for counts instead
     aggregator = mixture.aggregator
     if way.aggregator == _NO_AGGREGATOR:
         aggregator = None
@@ -107,7 +110,7 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
         router=router,
         router_params=params,
         router_state=mixture.router_state if own else None,
-        calibration=mixture.calibration if own else None,
+        calibration=calibration,
         aggregator=aggregator,
     )
     try:

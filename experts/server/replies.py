@@ -96,10 +96,11 @@ class Task:
 
     @property
     def answered(self) -> Route:
-        """The route as it was taken: with the experts of its second stage where these answered."""
+        """The route as it was taken: with the experts of its second stage where these answered. Its chance was of the
+        first answer, and says nothing of theirs."""
         if self.outcome.stage == 1:
             return self.route
-        return dataclasses.replace(self.route, experts=self.outcome.experts, reason=self.outcome.reason)
+        return dataclasses.replace(self.route, experts=self.outcome.experts, reason=self.outcome.reason, chance=None)
 
 
 class Speaker:

@@ -88,7 +88,7 @@ def test_replies_without_an_answer_do_not_vote() -> None:
 
 def test_one_expert_and_none() -> None:
     alone = ask(made("majority"), question(experts=(("b", 1.0),)), said(b="four"))
-    assert alone.text == "four" and alone.experts == (("b", 1.0),)
+    assert alone.text == "four" and alone.experts == (("b", 1.0),) and alone.reason == "the only reply"
     base = ask(made("majority"), question(experts=()), said(base="four"))
     assert base.text == "four" and base.experts == ()
 

@@ -19,6 +19,8 @@ from xpert.experts.server.key_file import add_key
 from xpert.experts.server.opening import open_app
 from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.pace import Pace
+from xpert.experts.server.replies import Outcome, Task
+from xpert.protocols import Escalation, Route, Sampling
 
 ASK = {"model": "pair", "messages": [{"role": "user", "content": "Add the two numbers.\n\n3 + 4"}], "max_tokens": 3}
 
@@ -191,6 +193,14 @@ def test_an_expert_of_the_second_stage_has_served_the_request(
     assert [entry["expert"] for entry in second["experts"]] == ["me/sums"] and not second["fell_back"]
     assert "is under 1.00: me/sums answers" in second["reason"]
     assert first["experts"] == [] and first["fell_back"]
+
+
+def test_the_chance_of_a_first_answer_is_not_the_seconds(pair: Mixture) -> None:
+    route = Route((("me/casing", 1.0),), (), "near", Escalation((("me/sums", 1.0),), 0.5), chance=0.9)
+    task = Task("t", None, None, route, True, Sampling())  # type: ignore[arg-type]  # neither is read
+    assert task.answered is route
+    task.outcome = Outcome((("me/sums", 1.0),), "near; me/sums answers", stage=2)
+    assert (task.answered.experts, task.answered.chance) == ((("me/sums", 1.0),), None)
 
 
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────

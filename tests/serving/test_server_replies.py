@@ -13,9 +13,12 @@ import pytest
 
 from xpert.config import Config
 from xpert.errors import XpertError
+from xpert.experts.calibration import Calibration
 from xpert.experts.mixture import Mixture
+from xpert.experts.routing import MixtureRouter
 from xpert.experts.server.model_names import Way, by_way, parse_model
 from xpert.protocols import Answer, Ask, Escalation, Question, Route, RouteRequest, Verdict, Weigh, Weighed
+from xpert.records import Message
 
 CASING = [{"role": "user", "content": "Write the word in capitals.\n\nbaba (case 3 tite)"}]
 
@@ -173,6 +176,17 @@ def test_a_way_keeps_the_mixtures_own_parameters(pair: Mixture) -> None:
     assert changed.router_params == {"reject": 0.0, "top": 2}
     assert by_way(pair, Way(router="random", k=2)).router_params == {"top": 2}
     assert by_way(pair, Way()) is pair
+
+
+def test_a_threshold_takes_the_place_of_a_calibrated_bound(pair: Mixture) -> None:
+    strict = dataclasses.replace(pair, calibration=Calibration((0.0, 1.0), (0.2, 0.8), reject_below=2.0))
+    request = RouteRequest("one", (Message("user", "Write the word in capitals.\n\nbaba"),))
+    by_bound, by_threshold = (
+        MixtureRouter(by_way(strict, way)).route([request])[0] for way in (Way(k=2), Way(threshold=0.0))
+    )
+    assert not by_bound.experts and by_bound.chance is not None
+    assert by_threshold.experts and by_threshold.chance == by_bound.chance
+    assert by_way(strict, Way(router="skills")).calibration is None
 
 
 def test_a_way_to_a_cascade_needs_no_training_with_a_threshold(pair: Mixture) -> None:
