@@ -73,8 +73,9 @@ class GliderRouter:
     """cosine(description of the prompt's task, description of an expert) -> the nearest experts, or the base.
 
     An expert's description is its card's; where that is none, or the sentence that training wrote, its skills and three
-    of its exemplars (see `description_of`). The published alpha, which multiplies cosines, is 1 / temperature (100 for tasks like those trained on, 3 for
-    others). With lsa the cosine counts the prompt's unknown words too (see `Familiarity`).
+    of its exemplars (see `description_of`). The published alpha, which multiplies cosines, is 1 / temperature (100 for
+    tasks like those trained on, 3 for others). With lsa the cosine counts the prompt's unknown words too (see
+    `Familiarity`).
 
     Preparing embeds one text an expert, and with lsa fits it on eight exemplars of each as well. A prompt costs one
     embedding and a product with [experts, d]; with describe=model a reply of at most 48 tokens too, kept on disk by

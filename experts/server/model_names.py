@@ -94,7 +94,11 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
             raise BadInput(f"router {router} has no threshold", where="model", hint="leave it out")
         params["threshold"] = way.threshold
     if learns(router, params) and not (own and mixture.router_state is not None):
-        raise BadInput(f"router {router} was not trained for this mixture", where="model")
+        raise BadInput(
+            f"router {router} was not trained for this mixture",
+            where="model",
+            hint="leave it out, or serve what `xpert router train` makes",
+        )
     aggregator = mixture.aggregator
     if way.aggregator == _NO_AGGREGATOR:
         aggregator = None
