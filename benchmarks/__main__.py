@@ -55,6 +55,9 @@ def _plan(folder: Path, pool: str | None, shots: str | None, prompts: str | None
             *("--base", base_model(), "--work", str(folder / "held-out"), "--rows", "64", "--own", "8"),
         ],
         "routing_speed": ["--experts", "100,1000", "--requests", "50"],
+        "learned_routers": [
+            *("--prompts", prompts or str(data.suite), "--train", "100", "--experts", "10", "100", "--repeats", "1"),
+        ],
         "aggregators": ["--suite", str(data.suite), "--limit", "1", "--max-tokens", "8"],
         "serving": ["--streams", "4", "--tokens", "8", "--repeats", "1"],
         "server_load": ["--seconds", "30", "--clients", "8"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from xpert.experts.routing import explain
 from xpert.experts.server.calls import Call
+from xpert.experts.server.failures import Late
 from xpert.experts.server.openai_forms import DONE, chat_logprobs, event, experts_header, explanation, usage
 from xpert.experts.server.replies import Prompt
 from xpert.experts.server.schema import ChatMessage, ChatRequest, RouteBody, parse
@@ -34,10 +36,15 @@ class Chat:
         body = parse(RouteBody, await service.read(request))
         prompt = _prompt(body.messages)
         holder = getattr(request.state, "holder", None)
+        seconds = service.allowed(request)
         with service.generations.hold() as generation, service.operation.limits.admit(holder, 0):
             model = body.model if body.model is not None else generation.mixture.name
             check_allowed(holder, model, generation)
-            task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
+            try:
+                async with asyncio.timeout(seconds):
+                    task = await service.route(f"route-{uuid.uuid4().hex}", model, generation, prompt)
+            except TimeoutError:
+                raise Late("the request's deadline passed before its route was found") from None
         headers = {"x-xpert-experts": experts_header(task.route.experts)}
         return JSONResponse(explain(task.id, task.route), headers=headers)
 

@@ -127,7 +127,7 @@ class Service:
         holder = getattr(request.state, "holder", None)
         try:
             resources.enter_context(self.operation.draining.request(lambda error: _end(stop, error)))
-            deadline = loop.time() + self._allowed(request)
+            deadline = loop.time() + self.allowed(request)
             self.admission.enter(places)
             resources.callback(self.admission.leave, places)
             generation = resources.enter_context(self.generations.hold())
@@ -154,7 +154,7 @@ class Service:
         self.requests += 1
         self.operation.finish(call)
 
-    def _allowed(self, request: Request) -> float:
+    def allowed(self, request: Request) -> float:
         """Seconds that the request may take: the server's, or fewer where the client says so."""
         asked = request.headers.get("x-xpert-timeout")
         if asked is None:
@@ -268,7 +268,7 @@ class Service:
     def headers(self, call: Call) -> dict[str, str]:
         """Of every answer: who gave it, and what is left of the key's limits."""
         return {
-            "x-xpert-experts": experts_header(call.first.outcome.experts),
+            "x-xpert-experts": "; ".join(dict.fromkeys(experts_header(task.outcome.experts) for task in call.tasks)),
             **self.operation.headers(call.holder),
         }
 

@@ -182,6 +182,10 @@ def test_what_cannot_be_served_leaves_the_current_one(
         watch.look()
     assert watch.look() is False  # not tried again until it changes
     answer(served, "three")
+    published(registry, make_expert, "reversal", 2)
+    mixed(registry, tmp_path, "me/casing", "me/reversal")
+    assert watch.look() is True
+    answer(served, "me/reversal")
     current = served.generations.current.mixture
     other = dataclasses.replace(current.base, fingerprint="0" * 64)
     with pytest.raises(BadInput, match="of another base model"):
@@ -197,6 +201,19 @@ def test_a_mixture_that_only_looks_new_is_not_exchanged(
     file.touch()
     assert watch.look() is False
     assert served.generations.current is current
+
+
+def test_a_tag_that_is_moved_is_followed(
+    registry: Any, make_expert: Callable[..., Path], serve: Callable[..., Any]
+) -> None:
+    for seed in (1, 2):
+        published(registry, make_expert, "casing", seed)
+    registry.tag("me/casing@1", "stable")
+    served, watch = started(serve, "me/casing@stable", registry, "name")
+    assert watch.look() is False
+    registry.tag("me/casing@2", "stable")
+    assert watch.look() is True
+    assert served.generations.current.mixture.experts[0].ref == "me/casing@2"
 
 
 def test_what_was_published_while_the_model_was_loaded_is_served(

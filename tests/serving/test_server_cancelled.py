@@ -281,6 +281,13 @@ def test_a_deadline_holds_while_a_prompt_is_routed(stuck: Any, stream: bool) -> 
     assert stuck.generations.current.uses == 0
 
 
+def test_a_route_has_a_deadline_too(stuck: Any) -> None:
+    body = {"messages": PROMPT}
+    reply = httpx.post(f"{stuck.url}/v1/route", json=body, headers={"x-xpert-timeout": "0.1"}, timeout=10)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (408, "deadline_exceeded")
+    assert stuck.generations.current.uses == 0
+
+
 def test_a_client_that_leaves_while_its_prompt_is_routed_frees_its_place(stuck: Any) -> None:
     admission = stuck.app.state.service.admission
     with pytest.raises(httpx.ReadTimeout):

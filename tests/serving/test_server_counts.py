@@ -157,3 +157,31 @@ def test_a_streams_tokens_say_where_they_begin_as_a_whole_answers_do(served: Any
     assert any(token.startswith("bytes:") for token in whole["tokens"])
     for part in ("tokens", "text_offset", "token_logprobs"):
         assert [item for chunk in chunks if chunk for item in chunk[part]] == pytest.approx(whole[part])
+
+
+def test_all_that_answered_several_prompts_are_named(served: Any) -> None:
+    prompts = ["Add the two numbers.\n\n3 + 4", "Write the word in capitals.\n\nbaba", "Add the two numbers.\n\n5 + 2"]
+    reply = post(served, "/v1/completions", {"model": "pair", "prompt": prompts, "max_tokens": 1})
+    assert reply.headers["x-xpert-experts"] == "me/sums=1; me/casing=1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_sampled_replies_by_a_schema_are_each_json(served: Any, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2, 3]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    body = {**ASK, "model": "pair", "n": 3, "temperature": 1.5, "seed": 2, "max_tokens": 200, "response_format": form}
+    reply = post(served, "/v1/chat/completions", {**body, "stream": stream})
+    texts = ["", "", ""]
+    if stream:
+        for line in reply.text.splitlines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    texts[choice["index"]] += choice["delta"].get("content") or ""
+    else:
+        texts = [choice["message"]["content"] for choice in reply.json()["choices"]]
+    assert all(json.loads(text)["n"] in (1, 2, 3) for text in texts)
