@@ -21,7 +21,7 @@ from xpert.registry.card import EXEMPLARS_FILE, BaseModel, ExpertCard
 from xpert.registry.model_card import model_card
 from xpert.storage import draft_folder, hash_file, package_versions, read_json, write_file, write_json
 
-__all__ = ["EXEMPLARS", "Trained", "selection_of", "settle_adapter_config", "write_expert"]
+__all__ = ["EXEMPLARS", "Trained", "selection_of", "settle_adapter_config", "training_sentence", "write_expert"]
 
 EXEMPLARS = 64
 
@@ -125,16 +125,21 @@ def selection_of(trained: Trained) -> dict[str, Any]:
     return found | {"languages": languages} if languages else found
 
 
+def training_sentence(skills: Sequence[str], rows: int) -> str:
+    """A new card's description. Router glider knows it by its form (`_BY_TRAINING`), and that it says little."""
+    about = f" for {', '.join(skills[:5])}" if skills else ""
+    return f"LoRA expert{about}, trained on {rows:,} rows."
+
+
 def _card(name: str, trained: Trained, adapter: Mapping[str, Any]) -> ExpertCard:
     lm, data = trained.lm, trained.data
     skills = skills_of(data)
     figures = trained.figures()
-    about = f" for {', '.join(skills[:5])}" if skills else ""
     return ExpertCard(
         base=BaseModel(lm.ref, lm.fingerprint, lm.architecture),
         adapter=adapter,
         name=name,
-        description=f"LoRA expert{about}, trained on {figures['rows']:,} rows.",
+        description=training_sentence(skills, int(figures["rows"])),
         skills=skills,
         selection=selection_of(trained),
         training={

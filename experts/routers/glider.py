@@ -7,6 +7,7 @@ the gate of the same name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ EXCERPT, LONGEST = 300, 300
 MAX_TOKENS = 48
 DIGITS = 5
 _BATCH = 256
+_BY_TRAINING = re.compile(r"LoRA expert(?: for .+)?, (?:trained on [\d,]+ rows|.+ in mixture \S+)\.")
+"""What `xpert train` writes as the description of a card."""
 TEMPLATE = """Here is a request:
 
 {prompt}
@@ -69,9 +72,10 @@ class GliderOptions(Config):
 class GliderRouter:
     """cosine(description of the prompt's task, description of an expert) -> the nearest experts, or the base.
 
-    An expert's description is its card's; without one, its skills and three of its exemplars (see `description_of`).
-    The published alpha, which multiplies cosines, is 1 / temperature (100 for tasks like those trained on, 3 for
-    others). With lsa the cosine counts the prompt's unknown words too (see `Familiarity`).
+    An expert's description is its card's; where that is none, or the sentence that training wrote, its skills and three
+    of its exemplars (see `description_of`). The published alpha, which multiplies cosines, is 1 / temperature (100 for
+    tasks like those trained on, 3 for others). With lsa the cosine counts the prompt's unknown words too (see
+    `Familiarity`).
 
     Preparing embeds one text an expert, and with lsa fits it on eight exemplars of each as well. A prompt costs one
     embedding and a product with [experts, d]; with describe=model a reply of at most 48 tokens too, kept on disk by
@@ -160,11 +164,15 @@ class GliderRouter:
 
 
 def description_of(expert: RoutableExpert) -> str:
-    """The card's description; else the expert's skills and its first three exemplars, each of at most 300 characters.
-    Empty where it has none of these."""
-    if expert.description.strip():
-        return expert.description.strip()
-    skills = sorted({*expert.skills, *expert.skill_scores})
+    """The card's description; else, or where that is the sentence that training wrote, the expert's skills and its
+    first three exemplars, each of at most 300 characters. Empty where it has none of these.
+
+    Training's sentences are alike but for the names of skills: a prompt is as far from one as from the other.
+    """
+    description = expert.description.strip()
+    if description and not _BY_TRAINING.fullmatch(description):
+        return description
+    skills = sorted(expert.skills or expert.skill_scores)  # a profile also names skills that the expert is bad at
     parts = [", ".join(skill.replace("_", " ") for skill in skills)] if skills else []
     exemplars = [text for text in expert.exemplars if text.strip()][:FEW]
     return "\n".join([*parts, *(_excerpt(text, EXCERPT) for text in exemplars)])

@@ -94,7 +94,11 @@ def by_way(mixture: Mixture, way: Way) -> Mixture:
             raise BadInput(f"router {router} has no threshold", where="model", hint="leave it out")
         params["threshold"] = way.threshold
     if learns(router, params) and not (own and mixture.router_state is not None):
-        raise BadInput(f"router {router} was not trained for this mixture", where="model")
+        raise BadInput(
+            f"router {router} was not trained for this mixture",
+            where="model",
+            hint="leave it out, or serve what `xpert router train` makes",
+        )
     calibration = mixture.calibration if own else None
     if calibration is not None and way.threshold is not None:
         calibration = dataclasses.replace(calibration, reject_below=None)  # the threshold asked for counts instead

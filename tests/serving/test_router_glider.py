@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from xpert import plugins
 from xpert.errors import BadInput, NotFound
+from xpert.experts.expert_folder import training_sentence
 from xpert.experts.routers.glider import description_of
 from xpert.judges import Judge, Question
 from xpert.protocols import RoutableExpert, Route, RouteRequest
@@ -69,6 +71,21 @@ def test_a_description_is_the_cards_or_made_of_skills_and_exemplars() -> None:
     long = RoutableExpert("x", ("a" * 1000, "b", "c", "d"))
     assert len(description_of(long)) < 320 and description_of(long).endswith("b\nc")
     assert description_of(RoutableExpert("x", (), skill_scores={"maps": 0.5})) == "maps"
+    assert description_of(RoutableExpert("x", (), ("law",), skill_scores={"maps": 0.0})) == "law"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        training_sentence([], 88),
+        training_sentence(["sums", "dates"], 1204),
+        "LoRA expert, trained jointly with b/x behind gate top-p in mixture me/two.",
+    ],
+)
+def test_the_sentence_that_training_writes_is_no_description(written: str) -> None:
+    assert description_of(dataclasses.replace(FOOD, description=written)) == description_of(FOOD)
+    own = "LoRA expert for sums of money."
+    assert description_of(dataclasses.replace(FOOD, description=own)) == own
 
 
 def test_of_no_experts_the_base_answers() -> None:
