@@ -87,10 +87,15 @@ def test_a_new_version_is_served_and_the_old_ones_adapters_leave(
 
 
 def test_a_running_request_ends_with_what_it_began_with(
-    registry: Any, make_expert: Callable[..., Path], serve: Callable[..., Any]
+    registry: Any, make_expert: Callable[..., Path], serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(registry, make_expert, "casing", 1)
     served, watch = started(serve, "me/casing", registry, "name")
+    going = threading.Event()  # cleared, it holds the engine, so that the request runs for as long as it is to
+    going.set()
+    session = served.app.state.service.speaker.loop._session
+    step = session.step
+    monkeypatch.setattr(session, "step", lambda: step() if going.wait(30) else [])
 
     async def run() -> tuple[str, str, int]:
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
@@ -102,9 +107,11 @@ def test_a_running_request_ends_with_what_it_began_with(
             async for chunk in stream:
                 texts.append(chunk.choices[0].delta.content or "")
                 if len(texts) == 2:
+                    going.clear()
                     published(registry, make_expert, "casing", 2)
                     assert await asyncio.to_thread(watch.look)
                     alive = served.generations.alive
+                    going.set()
             return whole.choices[0].message.content or "", "".join(texts), alive
 
     whole, streamed, alive = asyncio.run(run())
