@@ -101,14 +101,18 @@ def test_a_running_request_ends_with_what_it_began_with(
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
             options: Any = {"model": "me/casing", "messages": PROMPT, "max_tokens": 400}
             whole = await client.chat.completions.create(**options)
+            published(registry, make_expert, "casing", 2)  # seen by the next look, which is taken within the stream
             stream = await client.chat.completions.create(**options, stream=True)
             texts = []
             alive = 0
             async for chunk in stream:
                 texts.append(chunk.choices[0].delta.content or "")
                 if len(texts) == 2:
+<<<<<<< HEAD
                     going.clear()
                     published(registry, make_expert, "casing", 2)
+=======
+>>>>>>> newcomer
                     assert await asyncio.to_thread(watch.look)
                     alive = served.generations.alive
                     going.set()
