@@ -108,11 +108,7 @@ def test_a_running_request_ends_with_what_it_began_with(
             async for chunk in stream:
                 texts.append(chunk.choices[0].delta.content or "")
                 if len(texts) == 2:
-<<<<<<< HEAD
                     going.clear()
-                    published(registry, make_expert, "casing", 2)
-=======
->>>>>>> newcomer
                     assert await asyncio.to_thread(watch.look)
                     alive = served.generations.alive
                     going.set()
