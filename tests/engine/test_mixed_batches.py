@@ -68,7 +68,8 @@ def test_logits_equal_plain_peft(
     logits, _ = engine._passes.prefill([request.prompt_ids for request in requests], experts)
     for row, (key, request) in enumerate(zip(keys, requests, strict=True)):
         expected = plain(key)(torch.tensor([request.prompt_ids])).logits[0, -1]
-        assert (logits[row] - expected).abs().max() < 1e-4
+        # Of the logits' own size: four experts of weight 1.5 make some of 5, and rounding grows with them.
+        assert (logits[row] - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
 def exact_sum(model: Any, experts: Any) -> list[tuple[Any, Any]]:
@@ -111,7 +112,8 @@ def test_weighted_sums_equal_the_merged_weights(
         finally:
             for layer, weight in reversed(kept):
                 layer.weight.data = weight
-        assert (logits[row] - expected).abs().max() < 1e-4
+        # Of the logits' own size: four experts of weight 1.5 make some of 5, and rounding grows with them.
+        assert (logits[row] - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
 def test_one_layer_is_exact_to_1e_5(
