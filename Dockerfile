@@ -1,4 +1,6 @@
-# A server of a mixture, on the CPU. For a GPU, begin from an image with CUDA's runtime and leave out `--index-url`.
+# A server of a mixture. With TORCH_INDEX, torch comes from the index of its builds for the CPU alone, which are far smaller:
+#   docker build -t xpert --build-arg TORCH_INDEX=URL .
+# For a GPU, begin from an image with CUDA's runtime, and leave it out.
 #   docker build -t xpert .
 #   docker run -p 8000:8000 -v ~/registry:/registry:ro -v ~/models:/models:ro xpert me/desk --base /models/base
 FROM python:3.11-slim AS build
@@ -7,7 +9,8 @@ ENV PATH=/opt/xpert/bin:$PATH
 WORKDIR /source
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 # torch first, and alone: it is the largest layer and changes least.
-RUN pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY toolkit toolkit
 COPY commands commands
 COPY selectors selectors
