@@ -8,9 +8,10 @@ Three ways to answer the same prompts with the same experts, in turn within each
     server    `xpert serve` in a process of its own, asked by `--streams` concurrent streams over loopback
     routed    the same, where the router chooses the experts
 
-Prompts are as many as four times the streams, of about 60 tokens; replies have `--tokens` tokens each (the experts are
-random, and sampling at temperature 1 with a seed seldom ends a reply early; the figures count what came). Figures are
-tokens per second of wall time, the medians of the repeats. The time to the first token is measured by the clients:
+Prompts are as many as three times the streams, of about 60 tokens; replies have from half of `--tokens` to one and a half
+times as many, drawn by the prompt's number, so that they end one by one as real ones do (the experts are random, and
+sampling at temperature 1 with a seed seldom ends a reply early; the figures count what came). Figures are tokens per
+second of wall time, the medians of the repeats. The time to the first token is measured by the clients:
 once with `--streams` of them, and once with four times as many, most of whom wait for a place.
 """
 
@@ -50,6 +51,11 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
     ]
 
 
+def length(number: int, tokens: int) -> int:
+    """Of a prompt's reply, in tokens."""
+    return tokens // 2 + number * 7919 % (tokens + 1)
+
+
 def by_engine(runner: Any, count: int, tokens: int) -> float:
     """Tokens per second of the engine alone."""
     from xpert.protocols import Sampling
@@ -58,7 +64,7 @@ def by_engine(runner: Any, count: int, tokens: int) -> float:
     requests = []
     for number, messages in enumerate(prompts(count)):
         expert = runner.mixture.keys[number % 2]
-        sampling = Sampling(max_tokens=tokens, temperature=1.0, seed=number)
+        sampling = Sampling(max_tokens=length(number, tokens), temperature=1.0, seed=number)
         row = [Message(one["role"], one["content"]) for one in messages]  # type: ignore[arg-type]
         requests.append(runner.engine_request(str(number), row, ((expert, 1.0),), sampling))
     begin = time.perf_counter()
@@ -81,7 +87,8 @@ async def by_server(
             while waiting:
                 number, messages = waiting.pop(0)
                 body = {
-                    "model": model or keys[number % 2], "messages": messages, "max_tokens": tokens, "temperature": 1.0,
+                    "model": model or keys[number % 2], "messages": messages, "temperature": 1.0,
+                    "max_tokens": length(number, tokens),
                     "seed": number, "stream": True, "stream_options": {"include_usage": True},
                 }  # fmt: skip
                 begin, told = time.perf_counter(), False
@@ -117,7 +124,7 @@ def main() -> None:
         from xpert.experts.demo.chain import base_model
 
         given.base = base_model()
-    count = 4 * given.streams
+    count = 3 * given.streams
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         registry = open_registry(str(folder / "registry"))

@@ -33,6 +33,7 @@ from xpert.experts.server.embeddings import Embeddings, open_server_space
 from xpert.experts.server.errors import add_error_handlers
 from xpert.experts.server.generations import Generations
 from xpert.experts.server.head import HeadAsGet
+from xpert.experts.server.memory import keep_trimmed
 from xpert.experts.server.model_list import model_list
 from xpert.experts.server.options import ServeOptions
 from xpert.experts.server.registry_pages import RegistryPages
@@ -72,9 +73,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        trimming = asyncio.create_task(keep_trimmed())
         if watch is not None:
             watch.start()
         yield
+        trimming.cancel()
         if watch is not None:
             await asyncio.to_thread(watch.close)
         await asyncio.to_thread(service.stop)
