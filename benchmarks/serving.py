@@ -8,11 +8,11 @@ Three ways to answer the same prompts with the same experts, in turn within each
     server    `xpert serve` in a process of its own, asked by `--streams` concurrent streams over loopback
     routed    the same, where the router chooses the experts
 
-Prompts are as many as three times the streams, of about 60 tokens; replies have from half of `--tokens` to one and a half
-times as many, drawn by the prompt's number, so that they end one by one as real ones do (the experts are random, and
+Prompts are as many as three times the streams, of about 60 tokens; replies have from half of `--tokens` to one and a
+half times as many, by the prompt's number, so that they end one by one as real ones do (the experts are random, and
 sampling at temperature 1 with a seed seldom ends a reply early; the figures count what came). Figures are tokens per
-second of wall time, the medians of the repeats. The time to the first token is measured by the clients:
-once with `--streams` of them, and once with four times as many, most of whom wait for a place.
+second of wall time, the medians of the repeats. The time to the first token is measured by the clients: once with
+`--streams` of them, and once with four times as many, most of whom wait for a place.
 """
 
 from __future__ import annotations
