@@ -40,9 +40,11 @@ demo: .venv/xpert
 test: .venv/xpert
 	$(BIN)/python -m pytest
 
-# The crash, concurrency and corruption tests at full count: some ten minutes.
+# The crash, concurrency and corruption tests at full count, ten minutes of mixed load on a server, and a long fuzzing of its
+# description: some forty minutes.
 reliability: .venv/xpert
-	XPERT_RELIABILITY=full $(BIN)/python -m pytest tests/registry/test_reliability.py
+	XPERT_RELIABILITY=full $(BIN)/python -m pytest tests/registry/test_reliability.py \
+		tests/serving/test_server_reliability.py tests/serving/clients/test_schemathesis.py
 
 check: .venv/xpert
 	$(BIN)/ruff check .
