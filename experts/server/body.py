@@ -46,14 +46,18 @@ async def read_body(request: Request, *, most: int, seconds: float = BODY_SECOND
         raise _too_large(most)
     data = bytearray()
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             async for chunk in request.stream():
+                if len(data) > most:
+                    continue  # what is still on its way is dropped: see `_let_pass`
                 data += chunk
                 if len(data) > most:
-                    await _let_pass(request)
-                    raise _too_large(most)
+                    limit.reschedule(asyncio.get_running_loop().time() + LINGER_SECONDS)
     except TimeoutError:
-        raise Late(f"the body did not arrive within {seconds:g} s", hint=f"{len(data):,} bytes of it did") from None
+        if len(data) <= most:
+            raise Late(f"the body did not arrive within {seconds:g} s", hint=f"{len(data):,} bytes of it did") from None
+    if len(data) > most:
+        raise _too_large(most)
     return bytes(data)
 
 

@@ -4,7 +4,7 @@ neutral values are let pass, since clients send them by habit."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -302,7 +302,7 @@ def parse(model: type[M], value: Any) -> M:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise _explained(error.errors()[0], model.model_fields) from None
+        raise _explained(_telling(error.errors()), model.model_fields) from None
 
 
 def _among(value: Any, allowed: Iterable[Any]) -> bool:
@@ -311,6 +311,12 @@ def _among(value: Any, allowed: Iterable[Any]) -> bool:
 
 
 _UNION = ("str", "function-", "list[", "constrained-", "nullable[")
+
+
+def _telling(problems: Sequence[Any]) -> Any:
+    """Of what is wrong, the first that is more than a form that was not meant: of a list that is too long where a text
+    could stand too, that it is no text says nothing."""
+    return next((problem for problem in problems if not problem["type"].endswith("_type")), problems[0])
 
 
 def _explained(problem: Any, known: Iterable[str]) -> ParameterError:

@@ -240,7 +240,7 @@ def test_it_works_behind_a_prefix(page: Browser, served: ServedPage, front: Fron
     ("settings", "words"),
     [
         ({"options": "router=nonsense"}, "unknown router 'nonsense'"),
-        ({"model": "base", "stop_texts": "\n".join("abcdefghijklmnopq")}, "stop takes at most 16 texts"),
+        ({"model": "base", "stop_texts": "\n".join("abcdefghijklmnopq")}, "at most 16 items"),
     ],
 )
 def test_what_the_server_refuses_is_said_in_its_words(page: Browser, settings: dict[str, str], words: str) -> None:
