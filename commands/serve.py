@@ -20,6 +20,8 @@ __all__ = ["command"]
 
 SERVED_BY = frozenset({"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"})
 """What the extra `serve` brings."""
+BACKLOG = 2048
+"""Connections that wait to be accepted; uvicorn's own number."""
 
 
 @click.command("serve")
@@ -80,6 +82,7 @@ def command(
         )
         address, bound = listener.getsockname()[:2]
         url = f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
+        listener.listen(BACKLOG)  # from here on nobody who read the address is refused, though nobody is answered yet
         session.result({"url": url, "model": loaded.name}, f"serving {loaded.name} at {url}/v1 (page: {url}/)")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, access_log=False)
         server = DrainingServer(config, app.state.service.operation.draining, grace=serving.grace)
