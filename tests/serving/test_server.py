@@ -241,7 +241,7 @@ def test_a_broken_step_fails_its_requests_and_the_loop_lives() -> None:
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
 def test_a_mixture_file_is_served_by_the_command(mixture_file: Callable[..., Path], tmp_path: Path, sent: str) -> None:
-    """`xpert serve` in a process of its own: says its address, answers from then on, and ends by a signal with status 0."""
+    """`xpert serve` in a process of its own: says its address, answers at once, and ends by a signal with status 0."""
     import os
     import signal
     import subprocess
