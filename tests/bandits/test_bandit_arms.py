@@ -210,13 +210,13 @@ def test_what_arms_learn_equals_the_plain_form(seed: int, radius: float, blocks:
                     count[other] += 1
     assert arms.count.tolist() == count
     np.testing.assert_allclose(
-        arms.means(), [t / c if c else 0.0 for t, c in zip(total, count, strict=True)], atol=1e-6
+        arms.means(), [t / c if c else 0.0 for t, c in zip(total, count, strict=True)], atol=1e-5
     )
-    assert arms.level == pytest.approx(level, abs=1e-6)
-    assert arms.spread == pytest.approx(float(np.std(everything)), abs=1e-6)
+    assert arms.level == pytest.approx(level, abs=1e-5)
+    assert arms.spread == pytest.approx(float(np.std(everything)), abs=1e-5)
     own = [[v for a, values in history if a == arm for v in values] for arm in range(many)]
     expected = [math.sqrt((sum((v - np.mean(o)) ** 2 for v in o) + np.var(everything)) / (len(o) + 1)) for o in own]
-    np.testing.assert_allclose(arms.spreads(), expected, atol=1e-6)
+    np.testing.assert_allclose(arms.spreads(), expected, atol=1e-5)
 
 
 @given(seed=st.integers(0, 500))
