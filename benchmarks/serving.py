@@ -43,12 +43,9 @@ TEXTS = ("Write the word in capitals.\n\n{} (case {} tite)", "Add the two number
 FILLER = "Here is some more of the story that the question is about, which nobody needs to read. " * 2
 
 
-def prompts(count: int) -> list[list[dict[str, str]]]:
+def prompts(count: int) -> list[str]:
     """Different ones, in turn of the two experts' kinds."""
-    return [
-        [{"role": "user", "content": f"{TEXTS[number % 2].format(number, number * 7)}\n\n{FILLER}{number}"}]
-        for number in range(count)
-    ]
+    return [f"{TEXTS[number % 2].format(number, number * 7)}\n\n{FILLER}{number}" for number in range(count)]
 
 
 def length(number: int, tokens: int) -> int:
@@ -62,10 +59,10 @@ def by_engine(runner: Any, count: int, tokens: int) -> float:
     from xpert.records import Message
 
     requests = []
-    for number, messages in enumerate(prompts(count)):
+    for number, text in enumerate(prompts(count)):
         expert = runner.mixture.keys[number % 2]
         sampling = Sampling(max_tokens=length(number, tokens), temperature=1.0, seed=number)
-        row = [Message(one["role"], one["content"]) for one in messages]  # type: ignore[arg-type]
+        row = [Message("user", text)]
         requests.append(runner.engine_request(str(number), row, ((expert, 1.0),), sampling))
     begin = time.perf_counter()
     made = sum(piece.completion_tokens for piece in runner.engine.generate(requests))
@@ -85,9 +82,10 @@ async def by_server(
         async def stream() -> None:
             nonlocal made
             while waiting:
-                number, messages = waiting.pop(0)
+                number, text = waiting.pop(0)
                 body = {
-                    "model": model or keys[number % 2], "messages": messages, "temperature": 1.0,
+                    "model": model or keys[number % 2], "messages": [{"role": "user", "content": text}],
+                    "temperature": 1.0,
                     "max_tokens": length(number, tokens),
                     "seed": number, "stream": True, "stream_options": {"include_usage": True},
                 }  # fmt: skip

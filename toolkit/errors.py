@@ -23,10 +23,15 @@ STOPPED = "stopped; what is finished is kept, and the same command goes on from 
 
 
 class XpertError(Exception):
-    """An error with a sentence for the user: what is wrong, where, and how to mend it."""
+    """An error with a sentence for the user: what is wrong, where, and how to mend it.
+
+    `param` and `code` are what a server says besides: the request's parameter it is about, and a word for programs.
+    """
 
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
+    param: str | None = None
+    code: str | None = None
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what = what

@@ -40,9 +40,9 @@ def about_the_model() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        error.param = "model"  # type: ignore[attr-defined]  # read by the error form
+        error.param = "model"
         if isinstance(error, NotFound):
-            error.code = "model_not_found"  # type: ignore[attr-defined]  # as above
+            error.code = "model_not_found"
         raise
 
 

@@ -16,6 +16,7 @@ from xpert.errors import BadInput, NotFound, unknown
 from xpert.experts.mixture import BASE
 from xpert.experts.prototypes import FixedSpace, open_space
 from xpert.experts.server.calls import Call
+from xpert.experts.server.checks import about_the_model
 from xpert.experts.server.schema import EmbeddingRequest, ParameterError, check_text, parse
 from xpert.experts.server.service import Service
 from xpert.experts.server.streams import until_gone
@@ -54,9 +55,8 @@ class Embeddings:
         if served is None:
             raise NotFound("this server gives no embeddings", hint="start it with --embedder minilm, or base")
         if body.model != served:
-            error = unknown("embedding model", body.model, [served])
-            error.param, error.code = "model", "model_not_found"  # type: ignore[attr-defined]  # read by the error form
-            raise error
+            with about_the_model():
+                raise unknown("embedding model", body.model, [served])
         inputs = body.inputs
         for one in inputs:
             if isinstance(one, str):

@@ -147,14 +147,14 @@ async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def with_first(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+async def with_first(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """`first`, then the rest of the generator it was taken from, which is closed with this one."""
     try:
         yield first
         async for item in rest:
             yield item
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]  # it is a generator
+        await rest.aclose()
 
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-import socket
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.serving.leaving import opened, until
 from xpert.config import Config
 from xpert.errors import Unavailable
 from xpert.experts.server.batcher import Batcher
@@ -39,23 +37,6 @@ from xpert.protocols import (
 )
 
 PROMPT = [{"role": "user", "content": "go on"}]
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def opened(url: str, body: dict[str, Any]) -> socket.socket:
-    """A request that was sent and whose answer nobody reads."""
-    host, port = url.removeprefix("http://").split(":")
-    content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-    connection = socket.create_connection((host, int(port)))
-    connection.sendall(head + content)
-    return connection
 
 
 class _Session:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serving.leaving import opened, until
 from xpert.errors import BadInput
 from xpert.experts.mixture import Mixture
 from xpert.experts.server.admission import Admission
@@ -21,23 +21,6 @@ from xpert.experts.server.failures import Busy
 from xpert.experts.server.streams import merged
 
 LONG = {"model": "me/casing", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 400}
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def opened(url: str, body: dict[str, Any]) -> socket.socket:
-    """A request that was sent and whose answer nobody reads yet."""
-    host, port = url.removeprefix("http://").split(":")
-    content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-    connection = socket.create_connection((host, int(port)))
-    connection.sendall(head + content)
-    return connection
 
 
 # ── admission ────────────────────────────────────────────────────────────────────────────────────────────────────
